@@ -1,0 +1,89 @@
+# Every target is a command or two that you could type yourself. Set-up happens on its own where a target needs it.
+
+# The Python that the environment is made from, 3.11 or later; where the environment lies.
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes (0: in this one), and more arguments for pytest: make test ARGS="tests/losses -x".
+WORKERS ?= 2
+ARGS ?=
+# 1: test-slow installs torch first, so that tests marked `oracle` run.
+ORACLE ?= 0
+
+# Huge pages for large arrays: a third off a CPU step. glibc reads this before Python starts.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+lock := requirements/python$(if $(filter 3.11,$(version)),3.11,3.12).txt
+ready := $(VENV)/.ready-$(version)
+oracle := $(VENV)/.oracle-$(version)
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+pytest := JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 $(python) -m pytest -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-oracle test test-slow check bench lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+
+# For each way in which PYTHON may not do: one line that mends it, before anything is written.
+goal := $(or $(firstword $(MAKECMDGOALS)),setup)
+define require-python
+@die() { echo "$$1" >&2; exit 1; }; \
+case "$(version)" in \
+	"") die "PYTHON=$(PYTHON) does not run; on Debian: apt-get install python3 python3-venv; or name another: make $(goal) PYTHON=python3.11";; \
+	2.*|3.[0-9]|3.10) die "PYTHON=$(PYTHON) is Python $(version), daajax needs 3.11 or later; name one: make $(goal) PYTHON=python3.11";; \
+esac; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	die "PYTHON=$(PYTHON) has no venv or ensurepip to make an environment with; on Debian: apt-get install python$(version)-venv"
+endef
+
+setup: $(ready) ## an environment in .venv with the pinned versions, and daajax in it (editable)
+	@echo "$(VENV) is ready: Python $(version), $(lock)"
+
+$(ready): $(lock) pyproject.toml
+	$(require-python)
+	@echo "Setting up $(VENV) for Python $(version) from $(lock): a few minutes"
+	@if test -f $(VENV)/pyvenv.cfg && ! test -e $(VENV)/bin/python$(version); then rm -rf $(VENV); fi
+	@$(PYTHON) -m venv $(VENV)
+	@$(pip) install --quiet --no-deps --use-pep517 -r $(lock)
+	@$(pip) install --quiet --no-deps --no-build-isolation --editable .
+	@$(pip) check
+	@touch $@
+
+setup-oracle: $(oracle) ## torch into it, which tests marked `oracle` compare with (Python 3.11)
+	@echo "$(VENV) has the oracle"
+
+$(oracle): requirements/oracle.txt $(ready)
+	@test $(version) = 3.11 || { echo "the oracle is pinned for Python 3.11, this is $(version): make $(goal) PYTHON=python3.11" >&2; exit 1; }
+	@$(pip) install --quiet -r requirements/oracle.txt -c $(lock)
+	@touch $@
+
+test: $(ready) ## the tests that take less than 10 s each, on 8 CPU devices
+	$(pytest) -m "not slow and not oracle" $(ARGS)
+
+test-slow: $(if $(filter 1,$(ORACLE)),$(oracle),$(ready)) ## the others; ORACLE=1 installs torch for those that need it
+	$(pytest) -m "slow or oracle" $(ARGS)
+
+check: $(ready) ## format, lint, types, shell scripts
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(python)
+	$(VENV)/bin/shellcheck .ci/run launch/*.sh
+
+bench: $(ready) ## every script of benchmarks/
+	@for script in benchmarks/*.py; do echo "== $$script"; $(python) "$$script" || exit 1; done
+
+lock: ## resolve the dependencies afresh and write the lock of this Python's version
+	$(require-python)
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --upgrade pip setuptools
+	.venv-lock/bin/pip install --quiet '.[test,check]'
+	{ echo "# Python $(subst 3.12,3.12 and later,$(version)): core, test and check of pyproject.toml, written by \`make lock\`."; \
+	  .venv-lock/bin/pip freeze --all --exclude pip --exclude daajax; } > $(lock)
+	rm -rf .venv-lock build
+
+clean: ## remove environments, caches and build leftovers; runs/ stays
+	rm -rf .venv* .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

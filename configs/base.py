@@ -1,0 +1,111 @@
+"""Every option of a run: its meaning, unit and default. A recipe starts from `get_config()` and sets only what differs.
+
+Override any of them on the command line: `--config.batch_size=16 --config.optimizer.learning_rate=1e-6`.
+"""
+
+import inspect
+from typing import Any
+
+from ml_collections import config_dict
+
+from daajax.losses.objectives import OBJECTIVES
+
+
+def loss(name: str, **hyperparameters: float) -> config_dict.ConfigDict:
+    """An objective with all its hyper-parameters, so that each can be overridden on the command line.
+
+    Args:
+        name: Key of `daajax.losses.objectives.OBJECTIVES`.
+        **hyperparameters: What differs from the objective's defaults.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"there is no objective {name!r}; there are {', '.join(sorted(OBJECTIVES))}")
+    parameters = list(inspect.signature(OBJECTIVES[name].function).parameters.values())[1:]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    return config_dict.ConfigDict({"name": name, "weight": 1.0} | defaults | hyperparameters)
+
+
+def get_config() -> Any:
+    """The defaults, locked: an unknown key is an error."""
+    config: Any = config_dict.ConfigDict()
+    optional_int = lambda: config_dict.placeholder(int)  # noqa: E731 - reads as a type
+    optional_float = lambda: config_dict.placeholder(float)  # noqa: E731
+    optional_text = lambda: config_dict.placeholder(str)  # noqa: E731
+
+    config.seed = 0  # with the data it fixes the whole run
+
+    config.model = config_dict.ConfigDict()
+    config.model.path = optional_text()  # a Hugging Face model directory; required
+    config.model.random_init = False  # True: only its architecture, weights drawn from the seed
+    config.model.dtype = "bfloat16"  # compute dtype: bfloat16 or float32
+    config.model.param_dtype = (
+        "float32"  # dtype of the trained parameters; bfloat16 does not move at DPO's learning rates
+    )
+
+    config.tokenizer = config_dict.ConfigDict()
+    config.tokenizer.path = optional_text()  # directory of the tokenizer; None: model.path
+    config.chat = config_dict.ConfigDict()
+    config.chat.template = optional_text()  # Jinja file or text; None: the tokenizer's own
+    config.chat.score = "last"  # which assistant turns are scored: last, or all (only with one response an example)
+
+    config.data = config_dict.ConfigDict()
+    config.data.name = "jsonl"  # kind of source: jsonl (also .jsonl.gz)
+    config.data.path = optional_text()  # where it is; required
+    config.data.shuffle = True  # False: file order
+    config.data.limit = optional_int()  # first so many examples; None: all
+    config.data.truncation = "truncate"  # examples over the limits below: truncate or drop
+    config.data.max_bad_rows = 0  # malformed rows that are skipped and counted before the run refuses the data
+    config.data.cache_dir = "~/.cache/daajax/tokens"  # tokenized data; None: not kept
+
+    config.max_length = 2048  # tokens of prompt and one response together
+    config.max_prompt_length = (
+        optional_int()
+    )  # last tokens kept of a longer prompt, beside BOS; None: the prompt is not cut
+    config.batch_size = 64  # examples an update, on all devices together
+    config.micro_batches = 1  # parts an update is computed in; more of them need less memory, the numbers stay the same
+    config.steps = optional_int()  # updates; set this or epochs
+    config.epochs = optional_float()  # passes over the data
+
+    config.packing = config_dict.ConfigDict()
+    config.packing.enabled = True  # several examples a row; False: one
+    config.packing.prefix_sharing = True  # an example's prompt lies in its row once; False: once a response
+    config.packing.rows = optional_int()  # rows of a micro-batch; None: as few as the mesh or row_length allows
+    config.packing.row_length = optional_int()  # tokens, a multiple of 128; None: the smallest that holds every update
+    config.packing.shapes = 1  # row lengths that updates may be sorted into; each compiles once
+
+    config.loss = loss("dpo")  # objective and hyper-parameters: daajax/losses/objectives.py
+    config.extra_losses = ()  # further ones to add: ({'name': 'sft', 'weight': 0.2},)
+
+    config.reference = config_dict.ConfigDict()
+    config.reference.mode = (
+        "snapshot"  # snapshot: the initial policy; path: another model; none: the loss reads no reference
+    )
+    config.reference.path = optional_text()  # model directory for mode path
+    config.reference.cache_dir = "~/.cache/daajax/reference"  # reference log-probs, shared by every run
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.name = "adamw"  # adamw, rmsprop, sgd, adafactor, lion
+    config.optimizer.learning_rate = 5e-7  # peak
+    config.optimizer.schedule = "linear"  # after warm-up, down to the last update: constant, linear, cosine
+    config.optimizer.warmup_steps = 0  # updates of linear warm-up; the first one's rate is not 0
+    config.optimizer.weight_decay = optional_float()  # of matrices, not of norms; None: 0 (adamw, adafactor, lion)
+    config.optimizer.b1 = optional_float()  # momentum; None: the optimizer's default (adamw, lion, sgd)
+    config.optimizer.b2 = optional_float()  # decay of squares; None: the optimizer's default (all but sgd)
+    config.optimizer.eps = optional_float()  # None: the optimizer's default (adamw, rmsprop, adafactor)
+    config.optimizer.max_grad_norm = optional_float()  # global norm that gradients are clipped to; None: not clipped
+
+    config.mesh = config_dict.ConfigDict()  # devices on each axis; -1 on one of them takes the rest
+    config.mesh.data = 1  # replicas of the model
+    config.mesh.fsdp = -1  # parameters and optimizer state cut up, gathered a layer at a time
+    config.mesh.tensor = 1  # heads and MLP cut up
+
+    # auto: the best for the platform; blockwise: visits only visible keys; dense: builds the whole mask, the oracle
+    config.attention = "auto"
+    config.remat = "none"  # what the backward pass recomputes: none (fastest), dots, full (least memory)
+
+    config.log = config_dict.ConfigDict()
+    config.log.every = 10  # updates
+    config.check_first_loss = (
+        True  # stop if policy and reference disagree on the first update of a run where they are the same
+    )
+    return config.lock()

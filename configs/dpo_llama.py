@@ -1,0 +1,48 @@
+"""Preference optimization of Llama 3.x on your own pairs.
+
+    hf download meta-llama/Llama-3.1-8B-Instruct --local-dir models/Llama-3.1-8B-Instruct
+    python -m daajax.train --config=configs/dpo_llama.py --config.data.path=pairs.jsonl.gz
+    python -m daajax.train --config=configs/dpo_llama.py:simpo --config.data.path=pairs.jsonl.gz
+
+DPO with beta 0.1, batches of 64 and a peak learning rate of 5e-7, one epoch with 10 % of 1,000 updates as warm-up: the
+settings of the DPO paper's repository and of Zephyr and Tülu 3, in AdamW. SimPO's are its authors' for
+Llama-3-Instruct (beta 2.5, gamma / beta
+0.55, learning rate 1e-6, batches of 128). A pair is a line such as
+
+    {"prompt": [{"role": "user", "content": "…"}], "chosen": "…", "rejected": "…"}
+
+The first loss is 0.6931 (DPO) or 25 (IPO). The one override people want: --config.optimizer.learning_rate.
+"""
+
+from typing import Any
+
+from configs import base
+
+
+def get_config(objective: str = "dpo") -> Any:
+    """The recipe.
+
+    Args:
+        objective: `dpo`, `ipo`, `ipo_mean` or `simpo`.
+    """
+    config = base.get_config()
+    config.model.path = "models/Llama-3.1-8B-Instruct"
+    config.data.path = "data/pairs.jsonl.gz"
+    config.max_length = 2048
+    config.batch_size = 64
+    config.epochs = 1.0
+    config.optimizer.learning_rate = 5e-7
+    config.optimizer.warmup_steps = 100
+    config.optimizer.max_grad_norm = 1.0
+    config.remat = "full"
+    if objective == "simpo":
+        config.loss = base.loss("simpo", beta=2.5, gamma=2.5 * 0.55)
+        config.reference.mode = "none"
+        config.optimizer.learning_rate = 1e-6
+        config.optimizer.schedule = "cosine"
+        config.batch_size = 128
+    elif objective in ("dpo", "ipo", "ipo_mean"):
+        config.loss = base.loss(objective, beta=0.1)
+    else:
+        raise ValueError(f"there is no variant {objective!r}; there are dpo, ipo, ipo_mean, simpo")
+    return config

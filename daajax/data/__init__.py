@@ -1,0 +1,1 @@
+"""From files to the rows of an update, with NumPy alone: nothing here imports jax."""

@@ -1,0 +1,294 @@
+"""The plan: which example lies in which row of which update.
+
+`daajax.data.windows` says which examples an update consumes; `pack` lays them out in rows, evens the rows out, and
+fixes the static capacities that make every update the same shape. It needs the lengths of the examples only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from daajax.data.balance import evened
+from daajax.data.tokens import TokenizedData
+from daajax.errors import UserError
+
+LENGTH_MULTIPLE = 128  # row lengths and gathered keys come in whole attention blocks
+SCORED_MULTIPLE = 8
+_EVEN_WITHIN = 0.002  # relative deviation of a row's tokens at which it is left alone
+
+
+Windows = Int[np.ndarray, "updates batch_size"]
+Needs = dict[str, Int[np.ndarray, "updates rows"]]  # what the examples of each row add up to, by capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What each of N examples needs of a row, in tokens.
+
+    Attributes:
+        tokens: Unique tokens, prompt once: the layout-independent measure that windows are balanced by.
+        length: Row positions it takes: `tokens` with prefix sharing, more without.
+        scored: Tokens with a log-prob, over all responses.
+        keys: Keys that attention gathers: prompt and response, once per response.
+        prefix_sharing: Whether the prompt lies in the row once.
+    """
+
+    tokens: Int[np.ndarray, " examples"]
+    length: Int[np.ndarray, " examples"]
+    scored: Int[np.ndarray, " examples"]
+    keys: Int[np.ndarray, " examples"]
+    prefix_sharing: bool
+
+    @classmethod
+    def of(cls, data: TokenizedData, *, prefix_sharing: bool) -> "Sizes":
+        """The sizes of every example of a data set."""
+        lengths = data.lengths.astype(np.int64)
+        prompt, responses = lengths[:, 0], lengths[:, 1:]
+        scored = data.scored_lengths().sum(axis=1, dtype=np.int64)
+        tokens = lengths.sum(axis=1)
+        keys = responses.sum(axis=1) + prompt * (responses > 0).sum(axis=1)
+        return cls(tokens, tokens if prefix_sharing else keys, scored, keys, prefix_sharing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The four static capacities of a row."""
+
+    length: int
+    slots: int
+    scored: int
+    keys: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where every example of every update lies.
+
+    Attributes:
+        windows: Example index by update and place; -1 where a last, ragged window has none.
+        row_of: Row, counted through all micro-batches, by update and place; -1 likewise. Within a row, order of place.
+        shapes: Capacities; one per compiled step.
+        shape_of: Index into `shapes` by update.
+        micro_batches: Parts an update is computed in.
+        rows: Rows of one micro-batch.
+        prefix_sharing: Whether the prompt lies in the row once.
+        efficiency: Real share of each capacity; 1 is perfect.
+        notices: Lines worth saying.
+    """
+
+    windows: Windows
+    row_of: Windows
+    shapes: tuple[Shape, ...]
+    shape_of: Int[np.ndarray, " updates"]
+    micro_batches: int
+    rows: int
+    prefix_sharing: bool
+    efficiency: dict[str, float]
+    notices: tuple[str, ...]
+
+    @property
+    def updates(self) -> int:
+        """Number of updates."""
+        return len(self.windows)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples an update, on all hosts."""
+        return self.windows.shape[1]
+
+    def shape(self, update: int) -> Shape:
+        """The capacities of this update's rows."""
+        return self.shapes[self.shape_of[update]]
+
+    def report(self) -> list[str]:
+        """Readable lines: the layout, and how much of each capacity is real."""
+        shapes = ", ".join(
+            f"{s.length} tokens × {s.slots} slots, {s.scored} scored, {s.keys} keys" for s in self.shapes
+        )
+        parts = ", ".join(f"{name} {100 * value:.1f} %" for name, value in self.efficiency.items())
+        return [f"rows: {self.micro_batches} × {self.rows} of {shapes}", f"rows in use: {parts}", *self.notices]
+
+
+def pack(
+    windows: Windows,
+    sizes: Sizes,
+    *,
+    packing: bool,
+    micro_batches: int,
+    row_multiple: int,
+    rows: int | None = None,
+    row_length: int | None = None,
+    shapes: int = 1,
+    names: Sequence[str] | None = None,
+) -> Plan:
+    """Lays every window out in `micro_batches × rows` rows of the same capacities.
+
+    Args:
+        windows: Example index by update and place, -1 for none.
+        sizes: What each example needs.
+        packing: False gives every example a row of its own.
+        micro_batches: Parts an update is computed in.
+        row_multiple: Devices that rows are sharded over; a micro-batch has a multiple of it.
+        rows: Rows of a micro-batch; None takes as few as the mesh, or `row_length`, allows.
+        row_length: Tokens of a row; None takes the smallest multiple of 128 that holds every window.
+        shapes: How many row lengths updates may be sorted into; each compiles once.
+        names: Of the examples, for error messages; None: their index.
+
+    Raises:
+        UserError: If `rows` does not fit the mesh, or an example or a window does not fit the rows asked for.
+    """
+    batch_size = windows.shape[1]
+    if rows is not None and (rows < 1 or rows % row_multiple):
+        raise UserError(
+            f"packing.rows={rows} must be a positive multiple of {row_multiple}, the devices on the mesh's axes data "
+            "and fsdp."
+        )
+    if row_length is not None and row_length % LENGTH_MULTIPLE:
+        raise UserError(
+            f"packing.row_length={row_length} must be a multiple of {LENGTH_MULTIPLE}, or None for the smallest that "
+            "fits."
+        )
+    used = windows[windows >= 0]
+    if row_length is not None and sizes.length[used].max() > row_length:
+        worst = int(used[np.argmax(sizes.length[used])])
+        raise UserError(
+            f"example {worst if names is None else names[worst]} takes {sizes.length[worst]} tokens of a row but packing.row_length={row_length}; "
+            "raise packing.row_length or lower max_length."
+        )
+    if packing:
+        row_of, count = _packed(windows, sizes, micro_batches, row_multiple, rows, row_length)
+    else:
+        row_of, count = _one_each(windows, micro_batches, row_multiple, rows)
+    needs = {
+        "length": _row_totals(windows, row_of, sizes.length, micro_batches * count),
+        "slots": _row_totals(windows, row_of, np.ones_like(sizes.length), micro_batches * count),
+        "scored": _row_totals(windows, row_of, sizes.scored, micro_batches * count),
+        "keys": _row_totals(windows, row_of, sizes.keys, micro_batches * count),
+    }
+    chosen, shape_of = _shapes(needs, shapes, row_length)
+    return Plan(
+        windows=windows,
+        row_of=row_of,
+        shapes=chosen,
+        shape_of=shape_of,
+        micro_batches=micro_batches,
+        rows=count,
+        prefix_sharing=sizes.prefix_sharing,
+        efficiency=_efficiency(needs, chosen, shape_of, micro_batches),
+        notices=_notices(needs, packing, batch_size, micro_batches * row_multiple),
+    )
+
+
+def _packed(
+    windows: Windows, sizes: Sizes, micro_batches: int, row_multiple: int, rows: int | None, row_length: int | None
+) -> tuple[Windows, int]:
+    """Row of each place, and rows of a micro-batch: as asked for, or as few as the mesh and `row_length` allow."""
+    most = max(rows or 0, math.ceil(windows.shape[1] / (micro_batches * row_multiple)) * row_multiple)
+    for count in [rows] if rows else range(row_multiple, most + 1, row_multiple):
+        row_of = _rows_of(windows, sizes, micro_batches * count)
+        longest = int(_row_totals(windows, row_of, sizes.length, micro_batches * count).max())
+        if row_length is None or longest <= row_length:
+            return row_of, count
+    raise UserError(
+        f"a row would need {longest} tokens but packing.row_length={row_length}; "
+        "raise packing.rows, packing.row_length or micro_batches."
+    )
+
+
+def _one_each(windows: Windows, micro_batches: int, row_multiple: int, rows: int | None) -> tuple[Windows, int]:
+    """Likewise where every example has a row of its own."""
+    batch_size = windows.shape[1]
+    least = math.ceil(batch_size / (micro_batches * row_multiple)) * row_multiple
+    if rows is not None and rows < least:
+        raise UserError(
+            f"packing.enabled=False gives each of {batch_size} examples a row, but packing.rows={rows} × "
+            f"micro_batches={micro_batches} are fewer; raise packing.rows or leave it unset."
+        )
+    return np.where(windows >= 0, np.arange(batch_size)[None], -1), rows or least
+
+
+def _shapes(needs: Needs, count: int, row_length: int | None) -> tuple[tuple[Shape, ...], Int[np.ndarray, " updates"]]:
+    """Capacities for groups of updates of similar length, and the group of each update."""
+    longest = needs["length"].max(axis=1)
+    multiples = dict(length=LENGTH_MULTIPLE, slots=1, scored=SCORED_MULTIPLE, keys=LENGTH_MULTIPLE)
+    chosen, shape_of = [], np.zeros(len(longest), np.int32)
+    for group in np.array_split(np.argsort(longest, kind="stable"), min(count, len(longest))):
+        shape = {name: _rounded(int(needs[name][group].max()), multiple) for name, multiple in multiples.items()}
+        shape_of[group] = len(chosen)
+        chosen.append(Shape(**shape))
+    if row_length is not None:
+        chosen[-1] = dataclasses.replace(chosen[-1], length=row_length)
+    return tuple(chosen), shape_of
+
+
+def _efficiency(
+    needs: Needs, shapes: tuple[Shape, ...], shape_of: Int[np.ndarray, " updates"], micro_batches: int
+) -> dict[str, float]:
+    """Real share of each capacity, and of the scored slots that the head visits."""
+    updates, rows = needs["length"].shape
+    capacity = {name: sum(getattr(shapes[s], name) for s in shape_of.tolist()) * rows for name in needs}
+    efficiency = {name: float(needs[name].sum() / capacity[name]) for name in needs}
+    # The head's loop ends after the last scored token of a micro-batch: what lies behind it costs nothing.
+    visited = needs["scored"].reshape(updates, micro_batches, -1)
+    efficiency["scored visited"] = float(visited.sum() / (visited.max(axis=2).sum() * visited.shape[2]))
+    return efficiency
+
+
+def _notices(needs: Needs, packing: bool, batch_size: int, parts: int) -> tuple[str, ...]:
+    notices = []
+    if packing and batch_size < 4 * parts:
+        notices.append(
+            f"rows pack badly: {batch_size / parts:g} examples a device and micro-batch; at least 4 pack well "
+            f"(batch_size {4 * parts}, fewer micro_batches, or a smaller mesh)"
+        )
+    empty = float((needs["slots"] == 0).mean())
+    if empty:
+        notices.append(f"{100 * empty:.1f} % of the rows are empty")
+    return tuple(notices)
+
+
+def _rounded(value: int, multiple: int) -> int:
+    return max(1, math.ceil(value / multiple)) * multiple
+
+
+def _row_totals(
+    windows: Windows,
+    row_of: Windows,
+    values: Int[np.ndarray, " examples"],
+    rows: int,
+) -> Int[np.ndarray, "updates rows"]:
+    real = row_of >= 0
+    totals = np.zeros((len(windows), rows), np.int64)
+    np.add.at(totals, (np.nonzero(real)[0], row_of[real]), values[windows[real]])
+    return totals
+
+
+def _rows_of(windows: Windows, sizes: Sizes, rows: int) -> Windows:
+    """Deals each window into rows, longest first in serpentine order, then evens the rows out by swaps."""
+    updates, batch_size = windows.shape
+    measures = np.stack([sizes.length, sizes.scored], axis=1).astype(np.float64)
+    measures = np.concatenate([measures, np.zeros((1, 2))])  # index -1: nothing, which turns a swap into a move
+    order = np.argsort(-measures[windows][..., 0], axis=1, kind="stable")
+    deal = np.arange(batch_size)
+    lap, seat = np.divmod(deal, rows)
+    row = np.where(lap % 2 == 0, seat, rows - 1 - seat)
+    width = math.ceil(batch_size / rows) + 2
+    places = np.full((updates, rows, width), -1, np.int64)
+    places[:, row, lap] = order
+    items = np.where(places >= 0, np.take_along_axis(windows, places.reshape(updates, -1), 1).reshape(places.shape), -1)
+    targets = np.repeat(measures[items].sum(axis=2).mean(axis=1, keepdims=True), rows, axis=1)
+    swapped = evened(
+        np.arange(updates * rows * width).reshape(updates * rows, width),
+        measures[items].reshape(-1, 2),
+        targets.reshape(-1, 2),
+        group=np.repeat(np.arange(updates), rows),
+        within=_EVEN_WITHIN,
+    )
+    final = places.reshape(-1)[swapped.reshape(-1)].reshape(updates, rows * width)
+    row_of = np.full((updates, batch_size), -1, np.int32)
+    update, where = np.nonzero(final >= 0)
+    row_of[update, final[update, where]] = where // width
+    return np.where(windows >= 0, row_of, -1).astype(np.int32)

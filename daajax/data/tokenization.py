@@ -1,0 +1,366 @@
+"""Examples to token ids: the prompt that an example's responses share, the responses, and which tokens are scored.
+
+Prompt and response are rendered and tokenized as one string, never apart: a token may straddle the boundary between
+them, and a tokenizer may put a space before whatever it is given first. What belongs to the response is read off the
+offsets.
+"""
+
+import bisect
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from daajax.data.sources import BadRow, BadRows, Example, Examples, Messages, check_count
+from daajax.data.tokenizer import chat_template, render
+from daajax.data.tokens import COUNTERS, Ids, TokenizedData, array_digest, digest, response_names
+from daajax.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
+
+SCORES = ("last", "all")
+TRUNCATIONS = ("truncate", "drop")
+CHUNK = 512  # examples tokenized at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long an example may be.
+
+    Attributes:
+        max_length: Tokens of a response together with its prompt, >= 2.
+        max_prompt_length: Tokens of the shared prompt beside its BOS, < `max_length`: the prompt first loses its
+            beginning, the same for all responses. None: the prompt is never cut, the response is.
+        truncation: `truncate`, or `drop` an example that is too long.
+
+    Raises:
+        UserError: If they leave no room for a response.
+    """
+
+    max_length: int
+    max_prompt_length: int | None = None
+    truncation: str = "truncate"
+
+    def __post_init__(self) -> None:
+        check_count("max_length", self.max_length, least=2)
+        check_count("max_prompt_length", self.max_prompt_length, least=1, optional=True)
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a response in "
+                f"max_length={self.max_length}; lower the one or raise the other"
+            )
+        if self.truncation not in TRUNCATIONS:
+            raise UserError(f"data.truncation={self.truncation!r}; known are {', '.join(TRUNCATIONS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A response with its prompt as one string.
+
+    Attributes:
+        text: What is tokenized.
+        spans: Where scored text begins and ends, in characters, in order; the last one ends with the text.
+        chat: Whether a chat template made it, with all special tokens that it wants.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    chat: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A run of an example's tokens: a response with its prompt, the shared prompt, or the rest of a response."""
+
+    tokens: Int32[np.ndarray, " length"]
+    scored: Bool[np.ndarray, " length"]
+
+    def __getitem__(self, piece: slice) -> "Part":
+        return Part(self.tokens[piece], self.scored[piece])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def renderings(
+    example: Example, tokenizer: "PreTrainedTokenizerFast", template: str, *, score: str = "last"
+) -> list[Rendering]:
+    """An example's responses, each with the prompt before it.
+
+    Args:
+        example: Text or chat.
+        tokenizer: Knows the special tokens that templates print.
+        template: From `chat_template`; text needs none.
+        score: `last`: what follows the prompt is scored. `all`: so are the assistant's turns in the prompt.
+
+    Raises:
+        BadRow: If the template renders a beginning of the conversation otherwise than the whole.
+    """
+    if isinstance(example.prompt, str):
+        wholes = [f"{example.prompt}{response}" for response in example.responses]
+        return [Rendering(whole, ((len(example.prompt), len(whole)),), chat=False) for whole in wholes]
+
+    def length_of(messages: Messages, whole: str, *, generation_prompt: bool) -> int:
+        beginning = render(tokenizer, template, messages, generation_prompt=generation_prompt) if messages else ""
+        if not beginning or not whole.startswith(beginning):
+            raise BadRow(
+                f"the chat template renders the first {len(messages)} message(s) otherwise when more follow, so the "
+                "scored text has no certain beginning; set chat.template to one that only ever appends"
+            )
+        return len(beginning)
+
+    rendered = []
+    for response in example.responses:
+        messages = [*example.prompt, *response]
+        whole = render(tokenizer, template, messages, generation_prompt=False)
+        spans = []
+        for turn, entry in enumerate(example.prompt):
+            if score == "all" and entry["role"] == "assistant":
+                start = length_of(messages[:turn], whole, generation_prompt=True)
+                spans.append((start, length_of(messages[: turn + 1], whole, generation_prompt=False)))
+        spans.append((length_of(example.prompt, whole, generation_prompt=True), len(whole)))
+        rendered.append(Rendering(whole, tuple(spans), chat=True))
+    return rendered
+
+
+def encode(
+    rendered: Sequence[Rendering], tokenizer: "PreTrainedTokenizerFast", counters: collections.Counter[str]
+) -> list[Part]:
+    """Tokenizes whole strings and marks what is scored.
+
+    Text begins with what the tokenizer puts there and ends in exactly one EOS, which is scored; chat has what its
+    template wrote. Neither begins with two BOS. A first token is never scored: nothing predicts it.
+
+    Args:
+        rendered: What to tokenize.
+        tokenizer: From `load_tokenizer`.
+        counters: Counts `straddling_tokens`, `double_bos_removed`, `eos_in_text`, `unscored_first_tokens`.
+
+    Raises:
+        UserError: If the tokenizer fails.
+    """
+    parts: dict[int, Part] = {}
+    for chat in (False, True):
+        places = [place for place, rendering in enumerate(rendered) if rendering.chat is chat]
+        texts = [rendered[place].text for place in places]
+        try:
+            encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=not chat)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"the tokenizer cannot encode the data ({error}); set tokenizer.path to another") from error
+        for place, encoding in zip(places, encodings, strict=True):
+            parts[place] = _marked(rendered[place], encoding, tokenizer, counters)
+    return [parts[place] for place in range(len(rendered))]
+
+
+def _marked(
+    rendering: Rendering, encoding: "Encoding", tokenizer: "PreTrainedTokenizerFast", counters: collections.Counter[str]
+) -> Part:
+    """One string's tokens, and which of them are scored."""
+    added = encoding.special_tokens_mask  # 1: not from the text
+    first = added.index(0) if 0 in added else len(added)
+    last = len(added) - added[::-1].index(0) if 0 in added else len(added)
+    tokens = np.array(encoding.ids[:last], np.int32)
+    scored = np.zeros(last, bool)
+
+    def characters(token: int) -> tuple[int, int]:
+        return encoding.token_to_chars(token) or (0, 0)
+
+    for start, stop in rendering.spans:
+        # Beginnings and ends of tokens ascend. The first scored one is the first that ends after `start`.
+        begin = bisect.bisect_right(range(last), start, lo=first, key=lambda token: characters(token)[1])
+        end = bisect.bisect_right(range(last), stop, lo=begin, key=lambda token: characters(token)[1])
+        inside = bisect.bisect_left(range(end), start, lo=begin, key=lambda token: characters(token)[0])
+        scored[begin:end] = True
+        counters["straddling_tokens"] += inside - begin
+
+    leading = next((place for place, token in enumerate(tokens) if token != tokenizer.bos_token_id), last)
+    if leading > 1:
+        tokens, scored = np.delete(tokens, np.s_[1:leading]), np.delete(scored, np.s_[1:leading])
+        counters["double_bos_removed"] += 1
+    if not rendering.chat:
+        end = len(tokens)
+        while end and scored[end - 1] and tokens[end - 1] == tokenizer.eos_token_id:
+            end -= 1
+        counters["eos_in_text"] += end < len(tokens)
+        # Text without any token is not mended by an EOS, and stays without a scored one.
+        tokens = np.append(tokens[:end], np.array([tokenizer.eos_token_id], np.int32))
+        scored = np.append(scored[:end], bool(scored.any()))
+    if scored[:1].any():
+        scored[0] = False
+        counters["unscored_first_tokens"] += 1
+    return Part(tokens, scored)
+
+
+def shared_length(branches: Sequence[Part]) -> int:
+    """How many first tokens all branches have in common, none of them scored in any."""
+    length = min(int(branch.scored.argmax()) for branch in branches)
+    for branch in branches[1:]:
+        differs = np.flatnonzero(branch.tokens[:length] != branches[0].tokens[:length])
+        length = int(differs[0]) if differs.size else length
+    return length
+
+
+def cut(
+    branches: Sequence[Part],
+    limits: Limits,
+    tokenizer: "PreTrainedTokenizerFast",
+    counters: collections.Counter[str],
+) -> list[Part]:
+    """Divides an example into shared prompt and responses that keep to the limits.
+
+    Args:
+        branches: Each response with its prompt.
+        limits: What to keep.
+        tokenizer: Names the BOS that a cut prompt keeps at its head if it has one.
+        counters: Counts what is dropped, cut, left whole (`eos_kept`) and left alike.
+
+    Returns:
+        The prompt and every response; nothing if the example is dropped.
+    """
+    shared = shared_length(branches)
+    prompt, whole = branches[0][:shared], [branch[shared:] for branch in branches]
+    excess = 0
+    if limits.max_prompt_length is not None:
+        head = int(shared > 0 and prompt.tokens[0] == tokenizer.bos_token_id)
+        excess = max(shared - head - limits.max_prompt_length, 0)
+        prompt = _joined([prompt[:head], prompt[head + excess :]])
+    room = max(limits.max_length - len(prompt), 0)
+    responses = [response[:room] for response in whole]
+    shortened = [len(response) > room for response in whole]
+    if limits.truncation == "drop" and (excess or any(shortened)):
+        counters["dropped_too_long"] += 1
+        return []
+    if not all(response.scored.any() for response in responses):
+        counters["dropped_prompt_too_long"] += 1
+        return []
+    counters["truncated_prompts"] += excess > 0
+    for name, short in zip(response_names(len(whole)), shortened, strict=True):
+        counters[f"truncated_{name}"] += short
+    counters["eos_kept"] += shortened.count(False)
+    pairs = itertools.combinations(responses, 2)
+    counters["identical_after_truncation"] += any(np.array_equal(one.tokens, two.tokens) for one, two in pairs)
+    return [prompt, *responses]
+
+
+def tokenize(
+    examples: Examples,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    truncation: str = "truncate",
+    template: str | None = None,
+    score: str = "last",
+) -> TokenizedData:
+    """Tokenizes examples and cuts them to length.
+
+    Args:
+        examples: From `sources.read`.
+        tokenizer: From `load_tokenizer`.
+        max_length: See `Limits`.
+        max_prompt_length: See `Limits`.
+        truncation: See `Limits`.
+        template: `chat.template`; see `chat_template`.
+        score: `chat.score`: `last`, or `all` assistant turns of conversations with one response.
+
+    Raises:
+        UserError: If an option cannot act, more rows are bad than are tolerated, or no example is left.
+    """
+    limits = Limits(max_length, max_prompt_length, truncation)
+    rows = examples.examples
+    chat = any(not isinstance(example.prompt, str) for example in rows)
+    _check_score(score, rows, chat=chat)
+    jinja, notices = chat_template(tokenizer, template) if chat else ("", [])
+    if template is not None and not chat:
+        notices.append("chat.template is not used: the data hold no chat messages")
+    counters = collections.Counter(dict.fromkeys(COUNTERS, 0) | examples.counters)
+    bad_rows = dataclasses.replace(examples.bad_rows, reasons=list(examples.bad_rows.reasons))
+
+    kept: list[Example] = []
+    parts: list[list[Part]] = []
+    for example, branches in _branches(rows, tokenizer, jinja, score, bad_rows, counters):
+        if pieces := cut(branches, limits, tokenizer, counters):
+            kept.append(example)
+            parts.append(pieces)
+    if not kept:
+        raise UserError(
+            f"none of {len(rows)} examples is left: {counters['dropped_prompt_too_long']} have prompts that fill "
+            f"max_length={max_length}, {counters['dropped_too_long']} are longer than the limits, the others are bad "
+            "rows; raise max_length, or set max_prompt_length to shorten prompts"
+        )
+
+    flat = _joined(list(itertools.chain.from_iterable(parts)))
+    lengths = np.zeros((len(parts), max(map(len, parts))), np.int32)
+    for place, pieces in enumerate(parts):
+        lengths[place, : len(pieces)] = [len(piece) for piece in pieces]
+    totals = {
+        "bad_rows": bad_rows.count,
+        "examples": len(rows),
+        "examples_kept": len(kept),
+        "prompt_tokens": int(lengths[:, 0].sum()),
+        "response_tokens": int(lengths[:, 1:].sum()),
+        "scored_tokens": int(flat.scored.sum()),
+    }
+    arrays = {
+        "tokens": flat.tokens,
+        "scored": flat.scored,
+        "lengths": lengths,
+        "weights": np.array([example.weight for example in kept], np.float32),
+    }
+    notices += [f"bad row skipped: {reason}" for reason in bad_rows.reasons[len(examples.bad_rows.reasons) :]]
+    return TokenizedData(
+        **arrays,
+        starts=np.concatenate([[0], np.cumsum(lengths.sum(1, dtype=np.int64))]),
+        ids=Ids.of([example.id for example in kept]),
+        counters=dict(counters) | totals,
+        notices=examples.notices + notices,
+        digest=digest({name: array_digest(array) for name, array in arrays.items()}),
+    )
+
+
+def _check_score(score: str, rows: Sequence[Example], *, chat: bool) -> None:
+    """Refuses a way of scoring that cannot act on these examples."""
+    if score not in SCORES:
+        raise UserError(f"chat.score={score!r}; known are {', '.join(SCORES)}")
+    if score == "all" and not chat:
+        raise UserError(
+            "chat.score='all' scores the turns of chat messages, but the data hold text only; set it to 'last'"
+        )
+    if score == "all" and any(len(example.responses) > 1 for example in rows):
+        raise UserError("chat.score='all' needs examples with one response, but these have more; set it to 'last'")
+
+
+def _branches(
+    rows: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerFast",
+    jinja: str,
+    score: str,
+    bad_rows: BadRows,
+    counters: collections.Counter[str],
+) -> Iterator[tuple[Example, list[Part]]]:
+    """Every good example with its responses tokenized, a chunk at a time."""
+    for start in range(0, len(rows), CHUNK):
+        rendered = []
+        for example in rows[start : start + CHUNK]:
+            try:
+                rendered.append((example, renderings(example, tokenizer, jinja, score=score)))
+            except BadRow as reason:
+                bad_rows.add(example.location or example.id, reason)
+        encoded = iter(encode([rendering for _, group in rendered for rendering in group], tokenizer, counters))
+        for example, group in rendered:
+            branches = list(itertools.islice(encoded, len(group)))
+            if all(branch.scored.any() for branch in branches):
+                yield example, branches
+            else:
+                bad_rows.add(example.location or example.id, BadRow("a response holds nothing the tokenizer knows"))
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """Parts one after the other."""
+    return Part(np.concatenate([part.tokens for part in parts]), np.concatenate([part.scored for part in parts]))

@@ -1,0 +1,152 @@
+"""A tokenized data set: flat arrays that can lie in memory-mapped files, and the account of how they came about."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import overload
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+
+# The counters and, for what `summary` names when it happened, their meaning. Beside them are `truncated_<response>` and
+# those of `sources.Examples`.
+COUNTERS = {
+    "examples": "",
+    "examples_kept": "",
+    "bad_rows": "bad rows skipped",
+    "examples_with_later_turns": "examples with user turns inside a response, scored with it",
+    "dropped_prompt_too_long": "examples dropped: the prompt leaves no room for a response",
+    "dropped_too_long": "examples dropped: longer than the limits",
+    "truncated_prompts": "prompts cut to max_prompt_length",
+    "eos_kept": "",  # responses that were not cut: they end in EOS, chat as its template ends
+    "eos_in_text": "responses whose text brought its own EOS: one is kept",
+    "straddling_tokens": "tokens straddle the end of the prompt: scored",
+    "unscored_first_tokens": "first tokens that nothing predicts: not scored",
+    "double_bos_removed": "sequences with more than one BOS: one is kept",
+    "identical_after_truncation": "examples with equal responses after tokenization and truncation: kept",
+    "prompt_tokens": "",
+    "response_tokens": "",
+    "scored_tokens": "",
+}
+
+
+class Ids(Sequence[str]):
+    """The examples' ids, as UTF-8 in one flat array, so that they can lie in a memory-mapped file.
+
+    Attributes:
+        text: All ids, one after the other.
+        starts: Where each begins in `text`; one more than there are ids.
+    """
+
+    def __init__(self, text: UInt8[np.ndarray, " bytes"], starts: Int64[np.ndarray, " bounds"]) -> None:
+        self.text = text
+        self.starts = starts
+
+    @classmethod
+    def of(cls, ids: Sequence[str]) -> "Ids":
+        """Packs ids."""
+        encoded = [identity.encode() for identity in ids]
+        starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]  # raises IndexError, and counts negative ones from the end
+        return self.text[self.starts[place] : self.starts[place + 1]].tobytes().decode()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenizedData:
+    """Examples of up to K responses each, flat. The arrays may be memory-mapped and read-only.
+
+    Attributes:
+        tokens: Example after example: shared prompt, response 1, …, response K.
+        scored: Whether the token counts towards its response's log-prob. A response may begin with tokens that do not:
+            prompt tokens that differ between the responses.
+        starts: Where each example begins in `tokens`, and the end of the last one.
+        lengths: Tokens of the shared prompt, then of each response; 0: there is no such response.
+        weights: Multiplies the example's loss.
+        ids: The data's own ids, or "<file>:<line>".
+        counters: What was read, dropped, cut and found odd; `summary` says it in words.
+        notices: One line each, to be printed.
+        digest: SHA-256 over tokens, scored, lengths and weights.
+    """
+
+    tokens: Int32[np.ndarray, " total"]
+    scored: Bool[np.ndarray, " total"]
+    starts: Int64[np.ndarray, " bounds"]
+    lengths: Int32[np.ndarray, "examples parts"]
+    weights: Float32[np.ndarray, " examples"]
+    ids: Ids
+    counters: dict[str, int]
+    notices: list[str]
+    digest: str
+
+    def first_responses(self, count: int) -> "TokenizedData":
+        """The same examples with only their first `count` responses."""
+        lengths = np.ascontiguousarray(self.lengths[:, : 1 + count])
+        kept = np.tile(np.arange(self.lengths.shape[1]) <= count, len(self.lengths))
+        mask = np.repeat(kept, self.lengths.ravel())
+        starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
+        arrays = {"tokens": self.tokens[mask], "scored": self.scored[mask], "lengths": lengths, "weights": self.weights}
+        digests = {name: array_digest(array) for name, array in arrays.items()}
+        return dataclasses.replace(self, **arrays, starts=starts, digest=digest(digests))
+
+    def scored_lengths(self) -> Int32[np.ndarray, "examples responses"]:
+        """Scored tokens of each response; 0: there is no such response."""
+        sizes = self.lengths.ravel()
+        counts = np.zeros(sizes.shape, np.int32)
+        begins = np.cumsum(sizes, dtype=np.int64) - sizes
+        counts[sizes > 0] = np.add.reduceat(self.scored, begins[sizes > 0], dtype=np.int32)
+        return counts.reshape(self.lengths.shape)[:, 1:]
+
+
+def response_names(responses: int) -> tuple[str, ...]:
+    """What counters call the responses of an example."""
+    return {1: ("response",), 2: ("chosen", "rejected")}.get(
+        responses, tuple(f"response_{index + 1}" for index in range(responses))
+    )
+
+
+def array_digest(array: np.ndarray) -> str:
+    """SHA-256 of an array: its type, its shape and its bytes."""
+    content = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
+    content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+def digest(digests: Mapping[str, str]) -> str:
+    """The digest of a data set from those of its arrays."""
+    return hashlib.sha256(
+        "".join(digests[name] for name in ("tokens", "scored", "lengths", "weights")).encode()
+    ).hexdigest()
+
+
+def summary(counters: Mapping[str, int]) -> list[str]:
+    """What happened to the data, in lines to be printed: the totals, and everything odd that did happen.
+
+    Args:
+        counters: `TokenizedData.counters`.
+    """
+    lines = [
+        f"{counters['examples_kept']:,} of {counters['examples']:,} examples kept",
+        f"{counters['prompt_tokens']:,} tokens of prompts, {counters['response_tokens']:,} of responses, "
+        f"{counters['scored_tokens']:,} scored",
+    ]
+    lines += [f"{counters[name]:,} {meaning}" for name, meaning in COUNTERS.items() if meaning and counters.get(name)]
+    cut_responses = {
+        name.removeprefix("truncated_"): count for name, count in counters.items() if name.startswith("truncated_")
+    }
+    cut_responses.pop("prompts", None)
+    if any(cut_responses.values()):
+        cut_ones = ", ".join(f"{count:,} {name}" for name, count in cut_responses.items())
+        lines.append(f"responses cut at max_length: {cut_ones}; {counters['eos_kept']:,} kept their end")
+    return lines

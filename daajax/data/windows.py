@@ -1,0 +1,123 @@
+"""Windows: which examples each update consumes, in which place."""
+
+import math
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from daajax.data.balance import evened
+from daajax.errors import UserError
+
+BALANCED_WITHIN = 0.01  # relative spread of the windows' token totals that swaps aim at
+
+
+def describe(updates: int, batch_size: int, examples: int) -> str:
+    """One line: how many updates, epochs and examples, and what the last epoch leaves over."""
+    used = updates * batch_size
+    return (
+        f"{updates} updates of {batch_size} examples: {used / examples:.2f} epochs of {examples}; "
+        f"{-used % examples} examples of the last epoch are not used"
+    )
+
+
+def updates_of(*, steps: int | None, epochs: float | None, examples: int, batch_size: int) -> int:
+    """Length of the run in updates; `steps` and `epochs` are two ways to say it, one of them None.
+
+    Raises:
+        UserError: If that is not at least one update.
+    """
+    updates = steps or int((epochs or 0) * examples // batch_size)
+    if updates < 1:
+        raise UserError(
+            f"steps={steps}, epochs={epochs} with {examples} examples and batch_size={batch_size} give no update; "
+            "raise them or lower batch_size."
+        )
+    return updates
+
+
+def training_windows(
+    tokens: Int[np.ndarray, " examples"],
+    scored: Int[np.ndarray, " examples"],
+    *,
+    batch_size: int,
+    updates: int,
+    shuffle: bool,
+    seed: int,
+) -> Int[np.ndarray, "updates batch_size"]:
+    """Which examples each update consumes; update t does not depend on how many updates follow.
+
+    Epoch permutations follow one another and are cut into windows, so a window may hold the end of one epoch and the
+    beginning of the next. Shuffled windows are balanced within each epoch, by swaps; unshuffled ones follow file order.
+
+    Args:
+        tokens: Unique tokens of each example.
+        scored: Scored tokens of each example.
+        batch_size: Examples an update.
+        updates: Updates wanted.
+        shuffle: False keeps file order.
+        seed: With the data it fixes the order.
+
+    Raises:
+        UserError: If there are fewer examples than one update needs.
+    """
+    examples = len(tokens)
+    if examples < batch_size:
+        raise UserError(
+            f"data has {examples} usable examples but batch_size is {batch_size}; lower batch_size or add data."
+        )
+    needed = updates * batch_size
+    measures = np.stack([tokens, scored], axis=1).astype(np.float64)
+    stream = np.empty(needed, np.int64)
+    for epoch in range(math.ceil(needed / examples)):
+        start = epoch * examples
+        if not shuffle:
+            order = np.arange(examples)
+        else:
+            order = np.random.default_rng([seed, epoch]).permutation(examples)
+            order = _balanced(order, measures, first_cut=-start % batch_size, batch_size=batch_size)
+        stream[start : start + examples] = order[: max(0, needed - start)]
+    return stream.reshape(updates, batch_size)
+
+
+def sweep_windows(
+    tokens: Int[np.ndarray, " examples"],
+    scored: Int[np.ndarray, " examples"],
+    *,
+    batch_size: int,
+) -> Int[np.ndarray, "updates batch_size"]:
+    """Windows that hold every example exactly once; the last is filled up with -1.
+
+    Args:
+        tokens: Unique tokens of each example.
+        scored: Scored tokens of each example.
+        batch_size: Examples a window.
+    """
+    examples = len(tokens)
+    order = np.random.default_rng(0).permutation(examples)
+    order = _balanced(order, np.stack([tokens, scored], axis=1).astype(np.float64), first_cut=0, batch_size=batch_size)
+    windows = np.full((math.ceil(examples / batch_size), batch_size), -1, np.int64)
+    windows.reshape(-1)[:examples] = order
+    return windows
+
+
+def _balanced(
+    order: Int[np.ndarray, " examples"],
+    measures: Float[np.ndarray, "examples dims"],
+    *,
+    first_cut: int,
+    batch_size: int,
+) -> Int[np.ndarray, " examples"]:
+    """Swaps examples between the windows of one epoch until their totals agree; partial windows aim at their share."""
+    examples = len(order)
+    cuts = np.arange(first_cut, examples, batch_size)
+    edges = np.unique(np.concatenate([[0], cuts, [examples]]))
+    counts = np.diff(edges)
+    bins = np.full((len(counts), batch_size), examples, np.int64)  # `examples` stands for no example
+    inside = np.arange(batch_size) < counts[:, None]
+    bins[inside] = order
+    padded = np.concatenate([measures, np.zeros((1, measures.shape[1]))])
+    targets = counts[:, None] * measures.mean(axis=0)
+    bins = evened(
+        bins, padded, targets, group=np.zeros(len(bins), np.int64), within=BALANCED_WITHIN / 4, movable=inside
+    )
+    return bins[inside]

@@ -1,0 +1,116 @@
+"""What a run reports: numbers computed inside the update, and where they are written.
+
+The device side adds numbers up per micro-batch, as sums already divided by what the update counts, or as maxima; the
+host side fetches them once a log interval. A new number is a line in `of_examples`.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tensorboardX
+from jaxtyping import Array, Bool, Float
+
+from daajax.losses.objectives import Losses
+from daajax.losses.scores import Responses
+
+
+class Logged(NamedTuple):
+    """Metrics of some examples of an update: shares of the update's means, and maxima."""
+
+    sums: dict[str, Array]
+    maxima: dict[str, Array]
+
+    def combined(self) -> "Logged":
+        """Of parts stacked along the first axis."""
+        return Logged(*(jax.tree.map(f, part) for f, part in zip((_sum, _max), self, strict=True)))
+
+    def values(self) -> dict[str, Array]:
+        """Name to scalar."""
+        return {**self.sums, **self.maxima}
+
+
+def _sum(x: Array) -> Array:
+    return x.sum(axis=0)
+
+
+def _max(x: Array) -> Array:
+    return x.max(axis=0)
+
+
+def of_examples(
+    loss: Float[Array, ""],
+    results: Sequence[tuple[str, Array, Losses]],
+    responses: Responses,
+    real: Bool[Array, " examples"],
+    count: Float[Array, ""],
+) -> Logged:
+    """What is logged of some examples of an update.
+
+    Args:
+        loss: Their share of the update's loss.
+        results: Name, share of the loss and result of each of its terms; rewards are those of the first term that has
+            any.
+        responses: Their log-probs.
+        real: Which of them are examples.
+        count: Examples in the whole update.
+    """
+    sums, maxima = {"loss": loss}, {}
+
+    def mean(name: str, values: Array) -> None:
+        sums[name] = jnp.where(real, values, 0).sum() / count
+
+    for name, part, result in results:
+        if len(results) > 1:
+            sums[f"loss/{name}"] = part
+        for key, values in result.metrics.items():
+            mean(key, values)
+    rewards = next((result.rewards for _, _, result in results if result.rewards is not None), None)
+    pair = responses.logps.shape[1] == 2
+    mean("logps/chosen", responses.logps[:, 0])
+    if pair:
+        mean("logps/rejected", responses.logps[:, 1])
+    if pair and rewards is not None:
+        margins = rewards[:, 0] - rewards[:, 1]
+        mean("rewards/chosen", rewards[:, 0])
+        mean("rewards/rejected", rewards[:, 1])
+        mean("rewards/margins", margins)
+        mean("rewards/accuracies", (margins > 0).astype(jnp.float32))
+    if responses.log_ratios is not None:
+        ratios = responses.log_ratios
+        mean("displacement/chosen", ratios[:, 0])
+        mean("displacement/chosen_fell", (ratios[:, 0] < 0).astype(jnp.float32))
+        if pair:
+            mean("displacement/rejected", ratios[:, 1])
+        size = jnp.where(real[:, None], jnp.abs(ratios), 0)
+        maxima["log_ratios/largest"] = size.max()
+        maxima["log_ratios/largest_per_sqrt_token"] = (size / jnp.sqrt(jnp.maximum(responses.lengths, 1))).max()
+    return Logged(sums, maxima)
+
+
+class Writer:
+    """Appends to a run's `metrics.jsonl` and TensorBoard events.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one JSON object and the same numbers as events; both are on disk when it returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes both."""
+        self._file.close()
+        self._events.close()

@@ -1,0 +1,175 @@
+"""The head: statistics of the next-token distribution at scored tokens, without logits of size tokens × vocabulary.
+
+`token_statistics` walks over the scored tokens in chunks. Within a chunk it multiplies hidden states with the
+vocabulary projection once, reduces the logits to float32 numbers per token, and forgets them; its backward pass
+recomputes them and applies the analytic derivative of every statistic, written beside the statistic in `STATISTICS`.
+To add one: a value, a derivative with respect to the logits, a line in the table.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+CHUNK = 2048  # tokens; each chunk reads the whole projection forward, and reads and writes its gradient backward
+
+
+class _Logits(NamedTuple):
+    """A chunk's distribution, all float32 [chunk, vocab] but for the targets."""
+
+    log_probs: Array
+    targets: Int[Array, " chunk"]
+    reference: Array  # log-probs of the reference model; of no rows unless a statistic compares the two
+
+
+def _logps(z: _Logits) -> Array:
+    return jnp.take_along_axis(z.log_probs, z.targets[:, None], axis=1)[:, 0]
+
+
+def _d_logps(z: _Logits, value: Array) -> Array:
+    del value
+    return (jnp.arange(z.log_probs.shape[1])[None] == z.targets[:, None]) - jnp.exp(z.log_probs)
+
+
+def _sum_squares(z: _Logits) -> Array:
+    return jax.nn.logsumexp(2 * z.log_probs, axis=1)
+
+
+def _d_sum_squares(z: _Logits, value: Array) -> Array:
+    return 2 * (jnp.exp(2 * z.log_probs - value[:, None]) - jnp.exp(z.log_probs))
+
+
+def _entropies(z: _Logits) -> Array:
+    return -(jnp.exp(z.log_probs) * z.log_probs).sum(axis=1)
+
+
+def _d_entropies(z: _Logits, value: Array) -> Array:
+    return -jnp.exp(z.log_probs) * (z.log_probs + value[:, None])
+
+
+def _kl(z: _Logits) -> Array:
+    return (jnp.exp(z.reference) * (z.reference - z.log_probs)).sum(axis=1)
+
+
+def _d_kl(z: _Logits, value: Array) -> Array:
+    del value
+    return jnp.exp(z.log_probs) - jnp.exp(z.reference)
+
+
+STATISTICS: dict[str, tuple[Callable[[_Logits], Array], Callable[[_Logits, Array], Array]]] = {
+    "logps": (_logps, _d_logps),  # log π(token), nats
+    "sum_squares": (_sum_squares, _d_sum_squares),  # log Σ_v π(v)²
+    "entropies": (_entropies, _d_entropies),  # -Σ_v π(v) log π(v), nats
+    "kl": (_kl, _d_kl),  # Σ_v π_ref(v) log(π_ref(v) / π(v)), nats
+}
+
+
+def token_statistics(
+    hidden: Float[Array, "tokens embed"],
+    projection: Float[Array, "vocab embed"],
+    targets: Int[Array, " tokens"],
+    count: Int[Array, ""],
+    *,
+    names: tuple[str, ...] = ("logps",),
+    reference_hidden: Float[Array, "tokens embed"] | None = None,
+    reference_projection: Float[Array, "vocab embed"] | None = None,
+    chunk: int = CHUNK,
+) -> dict[str, Float[Array, " tokens"]]:
+    """Named statistics of the distribution that each hidden state predicts, float32.
+
+    Differentiable with respect to `hidden` and `projection` through every statistic; the reference gets no gradient.
+
+    Args:
+        hidden: States that predict a scored token, in the compute dtype.
+        projection: Vocabulary projection, in the compute dtype.
+        targets: The scored tokens.
+        count: Leading tokens that are real; the loops end behind them, and what lies behind is 0 and passes no
+            gradient.
+        names: Keys of `STATISTICS`.
+        reference_hidden: States of the reference model at the same tokens; only with "kl".
+        reference_projection: The reference model's projection; only with "kl".
+        chunk: Tokens a chunk; a multiple of the device's tile, more than there are tokens is cut down.
+
+    Raises:
+        ValueError: If a name is unknown, or "kl" and the reference operands do not come together.
+    """
+    unknown = set(names) - set(STATISTICS)
+    if unknown:
+        raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(STATISTICS)}.")
+    if ("kl" in names) != (reference_hidden is not None) or (reference_hidden is None) != (
+        reference_projection is None
+    ):
+        raise ValueError('the statistic "kl" and both reference operands come together or not at all.')
+    tokens = len(hidden)
+    chunk = min(chunk, tokens)
+    padding = -tokens % chunk
+    hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
+    reference = None
+    if reference_hidden is not None:
+        reference = jax.lax.stop_gradient((jnp.pad(reference_hidden, ((0, padding), (0, 0))), reference_projection))
+    values: Any = _statistics(hidden, projection, targets, jnp.minimum(count, tokens), reference, names, chunk)
+    return {name: value[:tokens] for name, value in zip(names, values, strict=True)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _statistics(hidden, projection, targets, count, reference, names, chunk):
+    return _forward(hidden, projection, targets, count, reference, names, chunk)[0]
+
+
+def _forward(hidden, projection, targets, count, reference, names, chunk):
+    def visit(step, values):
+        at = step * chunk
+        logits = _chunk_logits(hidden, projection, targets, reference, at, chunk)
+        real = at + jnp.arange(chunk) < count
+        new = (jnp.where(real, STATISTICS[name][0](logits), 0) for name in names)
+        return tuple(jax.lax.dynamic_update_slice(v, n, (at,)) for v, n in zip(values, new, strict=True))
+
+    start = tuple(jnp.zeros(len(hidden), jnp.float32) for _ in names)
+    values = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, visit, start)
+    return values, (hidden, projection, targets, count, reference, values)
+
+
+def _backward(names, chunk, residuals, cotangents):
+    hidden, projection, targets, count, reference, values = residuals
+
+    def visit(step, carry):
+        d_hidden, d_projection = carry
+        at = step * chunk
+        logits = _chunk_logits(hidden, projection, targets, reference, at, chunk)
+        real = at + jnp.arange(chunk) < count
+        d_logits = jnp.zeros_like(logits.log_probs)
+        for name, value, cotangent in zip(names, values, cotangents, strict=True):
+            value, cotangent = (jax.lax.dynamic_slice(x, (at,), (chunk,)) for x in (value, cotangent))
+            d_logits += jnp.where(real, cotangent, 0)[:, None] * STATISTICS[name][1](logits, value)
+        d_logits = d_logits.astype(hidden.dtype)  # the two products below run in the compute dtype, summed in float32
+        states = jax.lax.dynamic_slice_in_dim(hidden, at, chunk)
+        d_states = _product(d_logits, projection, ((1,), (0,))).astype(hidden.dtype)
+        d_projection += _product(d_logits, states, ((0,), (0,)))
+        return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_states, at, axis=0), d_projection
+
+    start = jnp.zeros_like(hidden), jnp.zeros(projection.shape, jnp.float32)
+    d_hidden, d_projection = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, visit, start)
+    return d_hidden, d_projection.astype(projection.dtype), None, None, None
+
+
+_statistics.defvjp(_forward, _backward)
+
+
+def _chunk_logits(hidden, projection, targets, reference, at, chunk) -> _Logits:
+    def log_probs(states, projection):
+        logits = _product(jax.lax.dynamic_slice_in_dim(states, at, chunk), projection, ((1,), (1,)))
+        return logits - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+
+    return _Logits(
+        log_probs(hidden, projection),
+        jax.lax.dynamic_slice(targets, (at,), (chunk,)),
+        log_probs(*reference) if reference is not None else jnp.zeros((0, 0)),
+    )
+
+
+def _product(x: Array, y: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,101 @@
+"""Optimizers and learning-rate schedules, by name. To add one, write a function and a table line.
+
+Every function takes the learning rate and, keyword-only, the hyper-parameters that it has; one that it does not have
+is refused.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.traverse_util as traverse
+import optax
+
+from daajax.errors import UserError
+from daajax.models.decoder import is_decayed
+
+
+def _adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decayed)
+
+
+def _rmsprop(learning_rate, *, b2=0.99, eps=1e-8):
+    """`b2` is the decay of the squared gradients; defaults as torch's, which the DPO paper's code uses."""
+    return optax.rmsprop(learning_rate, decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=False)
+
+
+def _sgd(learning_rate, *, b1=0.0):
+    """`b1` is the momentum."""
+    return optax.sgd(learning_rate, momentum=b1 or None)
+
+
+def _adafactor(learning_rate, *, b2=0.8, eps=1e-30, weight_decay=0.0):
+    """Factored second moments alone, so that learning rates mean what they say; `b2` is the exponent of their decay."""
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=b2, epsilon=eps),
+        optax.add_decayed_weights(weight_decay, mask=_decayed),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0):
+    return optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decayed)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "rmsprop": _rmsprop,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "lion": _lion,
+}
+
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # of the peak rate and the updates after warm-up
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, max(1, steps)),
+    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, max(1, steps)),
+}
+
+
+def make_schedule(*, learning_rate: float, schedule: str, warmup_steps: int, updates: int) -> optax.Schedule:
+    """Learning rate by update, counted from 0: a linear warm-up from above 0, then the schedule to the last update.
+
+    Args:
+        learning_rate: Peak.
+        schedule: Key of `SCHEDULES`.
+        warmup_steps: Updates until the peak.
+        updates: Length of the run.
+    """
+    after = SCHEDULES[schedule](learning_rate, updates - warmup_steps)
+    if not warmup_steps:
+        return after
+    warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, max(1, warmup_steps - 1))
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+    name: str, schedule: optax.Schedule, *, max_grad_norm: float | None, hyperparameters: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """An optimizer, its gradients clipped to a global norm first.
+
+    Args:
+        name: Key of `OPTIMIZERS`.
+        schedule: Learning rate by update.
+        max_grad_norm: Global norm to clip to; None does not clip.
+        hyperparameters: By name; None takes the optimizer's default.
+
+    Raises:
+        UserError: If a hyper-parameter is set that the optimizer does not have.
+    """
+    chosen = {key: value for key, value in hyperparameters.items() if value is not None}
+    known = list(inspect.signature(OPTIMIZERS[name]).parameters)[1:]
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise UserError(f"optimizer {name!r} takes {known}, not {unknown}; unset config.optimizer.{unknown[0]}.")
+    optimizer = OPTIMIZERS[name](schedule, **chosen)
+    return optimizer if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def _decayed(params: Any) -> Any:
+    flat = traverse.flatten_dict(params, sep="/")
+    return traverse.unflatten_dict({path: is_decayed(path) for path in flat}, sep="/")

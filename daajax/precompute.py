@@ -1,0 +1,41 @@
+"""The reference pass as a command: scores what a run will read, so that the run itself finds it in the cache.
+
+`python -m daajax.precompute --config=configs/dpo_llama.py [--config.key=value …]` takes the flags of `daajax.train`.
+"""
+
+from daajax import command, run, sharding
+from daajax.config import Config, losses
+from daajax.console import say
+from daajax.errors import UserError
+from daajax.losses.objectives import bind
+from daajax.models.families import read_architecture
+
+
+def precompute(config: Config, workdir: str = "") -> None:
+    """Fills the reference cache for the run that a config describes.
+
+    Args:
+        config: From `daajax.config.resolve`.
+        workdir: Not used: the cache belongs to no run.
+
+    Raises:
+        UserError: If the run reads no reference, or anything the user can mend stands in the way.
+    """
+    del workdir
+    if config.reference.mode == "none":
+        raise UserError("config.reference.mode='none': this run reads no reference, there is nothing to precompute.")
+    terms = bind(losses(config))
+    architecture = read_architecture(config.model.path)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    data = run.load_data(config, architecture, terms)
+    plan = run.make_plan(config, data, mesh)
+    scorer = run.make_scorer(config, architecture, mesh)
+    params, _ = run.load_params(
+        config.model.path, scorer, mesh, random_seed=config.seed if config.model.random_init else None
+    )
+    run.load_reference(config, data, plan, scorer, params, mesh)
+    say("the reference cache has everything this run reads")
+
+
+if __name__ == "__main__":
+    command.run(precompute, "precompute")

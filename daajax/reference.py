@@ -1,0 +1,241 @@
+"""Reference log-probs: scored once by a jitted pass of their own, kept per token, found by content.
+
+The cache has one entry a response, keyed by the digest of its token ids and of which of them are scored. Entries lie
+in a folder named by what else they follow from: the reference's weights, its architecture and the compute dtype.
+Objective, beta, learning rate, layout, mesh and output folder are not part of either key, so every run of a sweep
+reads the same entries.
+
+Files are Parquet with page checksums: readable anywhere, and a truncated or damaged one is noticed.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from daajax.console import Progress
+from daajax.data.batches import Batch, Batches
+from daajax.data.packing import Plan
+from daajax.data.tokens import TokenizedData
+from daajax.errors import UserError
+
+FORMAT = 1  # raise it whenever the same weights and tokens would get other numbers, or the files another layout
+_SAVE_SECONDS = 60.0  # what an interrupted pass can lose
+_HEADER = b"daajax.reference"
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What every entry of a cache folder follows from, besides the tokens.
+
+    Attributes:
+        weights: `weights.digest` of the reference.
+        architecture: Its architecture as a dict.
+        dtype: Compute dtype.
+    """
+
+    weights: str
+    architecture: dict[str, Any]
+    dtype: str
+
+    @property
+    def content(self) -> bytes:
+        """Canonical JSON."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, sort_keys=True).encode()
+
+    @property
+    def digest(self) -> str:
+        """Name of the cache folder."""
+        return hashlib.sha256(self.content).hexdigest()[:32]
+
+
+class Cache:
+    """Reference log-probs on disk.
+
+    Args:
+        folder: Root of all caches.
+        header: What the entries follow from.
+
+    Attributes:
+        folder: Where its files lie.
+        notices: Lines that say what was found damaged.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+
+    def __init__(self, folder: str, header: Header):
+        self._header = header
+        self.folder = pathlib.Path(folder).expanduser() / header.digest
+        self.notices: list[str] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "header.json").write_bytes(header.content)
+        except OSError as error:
+            raise UserError(
+                f"reference.cache_dir={folder} cannot be written ({error.strerror}); name another folder."
+            ) from None
+        self._entries: dict[bytes, np.ndarray] = {}
+        for file in sorted(self.folder.glob("part-*.parquet")):
+            self._read(file)
+
+    def get(self, key: bytes, length: int) -> Float[np.ndarray, " scored"] | None:
+        """The log-probs of a response's scored tokens, nats; None if there is no sound entry of that length."""
+        values = self._entries.get(key)
+        return values if values is not None and len(values) == length else None
+
+    def append(self, entries: Mapping[bytes, Float[np.ndarray, " scored"]]) -> None:
+        """Writes entries as one further file, whole or not at all."""
+        if not entries:
+            return
+        offsets = np.cumsum([0, *map(len, entries.values())], dtype=np.int64)
+        flat = np.concatenate([np.zeros(0, np.float32), *entries.values()]).astype(np.float32)
+        logps = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        table = pa.table({"response": pa.array(list(entries), pa.binary(16)), "logps": logps})
+        table = table.replace_schema_metadata({_HEADER: self._header.content})
+        file = self.folder / f"part-{secrets.token_hex(8)}.parquet"
+        scratch = file.with_suffix(".tmp")
+        try:
+            pq.write_table(table, scratch, compression="none", use_dictionary=False, write_page_checksum=True)
+            with scratch.open("rb") as handle:
+                os.fsync(handle.fileno())
+            scratch.rename(file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise UserError(
+                f"reference cache {self.folder} cannot be written ({error}); make room or name another folder."
+            ) from None
+        self._entries.update(entries)
+
+    def _read(self, file: pathlib.Path) -> None:
+        try:
+            table = pq.read_table(file, page_checksum_verification=True)
+            if (table.schema.metadata or {}).get(_HEADER) != self._header.content:
+                raise ValueError("it was written for another reference")
+            keys = table.column("response").to_pylist()
+            column = table.column("logps").combine_chunks()
+            flat, offsets = np.asarray(column.values), np.asarray(column.offsets)
+            if len(keys) and not np.isfinite(flat).all():
+                raise ValueError("it holds numbers that are not finite")
+        except (OSError, ValueError, KeyError, AttributeError, pa.ArrowException) as error:
+            aside = file.with_suffix(".damaged")
+            with contextlib.suppress(OSError):
+                file.rename(aside)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.notices.append(
+                f"reference cache: {file} is damaged ({reason}); "
+                f"set aside as {aside.name}, its entries are scored again"
+            )
+            return
+        self._entries.update(
+            (key, flat[begin:end]) for key, begin, end in zip(keys, offsets[:-1], offsets[1:], strict=True)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """Where a response lies in the data: its key and its scored tokens."""
+
+    key: bytes
+    tokens: Int[np.ndarray, " scored"]  # indices into the data's flat tokens
+
+
+def responses_of(data: TokenizedData, example: int) -> list[Response]:
+    """The responses of an example that exist."""
+    lengths = data.lengths[example]
+    begin = data.starts[example]
+    prompt = slice(begin, begin + lengths[0])
+    found, cursor = [], prompt.stop
+    for length in lengths[1:]:
+        if length:
+            span = slice(cursor, cursor + length)
+            ids = np.concatenate([data.tokens[prompt], data.tokens[span]]).astype("<i4")
+            scored = np.concatenate([data.scored[prompt], data.scored[span]])
+            content = hashlib.blake2b(ids.tobytes(), digest_size=16, person=b"response")
+            content.update(np.packbits(scored).tobytes())
+            found.append(Response(content.digest(), span.start + np.nonzero(data.scored[span])[0]))
+        cursor += length
+    return found
+
+
+def examples_of(plan: Plan) -> Int[np.ndarray, " some"]:
+    """The examples that a plan visits, each once."""
+    return np.unique(plan.windows[plan.windows >= 0])
+
+
+def missing(data: TokenizedData, examples: Int[np.ndarray, " some"], cache: Cache) -> Int[np.ndarray, " fewer"]:
+    """Those of the examples that have a response which the cache lacks."""
+    lacking = [
+        example
+        for example in examples.tolist()
+        if any(cache.get(response.key, len(response.tokens)) is None for response in responses_of(data, example))
+    ]
+    return np.array(lacking, np.int64)
+
+
+def score_pass(data: TokenizedData, plan: Plan, score: Callable[[Batch, int], Any], cache: Cache, *, what: str) -> None:
+    """The reference pass: scores every example of a plan and writes the cache as it goes.
+
+    Args:
+        data: The examples.
+        plan: Windows over the examples to score.
+        score: From one micro-batch on the host and the capacity in gathered keys to `[rows, scored]` log-probs.
+        cache: Where they go.
+        what: Name of the reference, for the progress line.
+
+    Raises:
+        UserError: If a log-prob is not finite.
+    """
+    batches = Batches(data, plan)
+    progress = Progress(f"reference pass ({what})", plan.updates, "batch")
+    logps = np.zeros(len(data.tokens), np.float32)
+    unsaved: dict[bytes, np.ndarray] = {}
+    saved = time.perf_counter()
+    for update in range(plan.updates):
+        batch, indices, keys = batches[update], batches.token_indices(update), plan.shape(update).keys
+        for part in range(plan.micro_batches):
+            values = np.asarray(score({name: value[part] for name, value in batch.items()}, keys))
+            real = indices[part] >= 0
+            logps[indices[part][real]] = values[real]
+        for example in plan.windows[update].tolist():
+            for response in responses_of(data, example) if example >= 0 else ():
+                unsaved[response.key] = logps[response.tokens]
+                if not np.isfinite(unsaved[response.key]).all():
+                    raise UserError(
+                        f"example {data.ids[example]!r}: the reference's log-probs are not finite; "
+                        "check its weights and dtype."
+                    )
+        if time.perf_counter() - saved > _SAVE_SECONDS:
+            cache.append(unsaved)
+            unsaved, saved = {}, time.perf_counter()
+        progress.advance()
+    cache.append(unsaved)
+    progress.close()
+
+
+def column(data: TokenizedData, examples: Int[np.ndarray, " some"], cache: Cache) -> Float[np.ndarray, " total"]:
+    """Reference log-prob of each of the data's tokens, nats; NaN where the examples have none.
+
+    Raises:
+        KeyError: If the cache lacks a response of the examples.
+    """
+    logps = np.full(len(data.tokens), np.nan, np.float32)
+    for example in examples.tolist():
+        for response in responses_of(data, example):
+            values = cache.get(response.key, len(response.tokens))
+            if values is None:
+                raise KeyError(f"the reference cache lacks a response of example {example}")
+            logps[response.tokens] = values
+    return logps

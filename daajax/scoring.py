@@ -1,0 +1,126 @@
+"""The one scoring function: from parameters and rows to the log-prob of every scored token.
+
+Policy, reference and evaluation call the same `Scorer`; what differs is only whose parameters it is given.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from daajax import sharding
+from daajax.models.decoder import Decoder, Params, projection
+from daajax.models.families import Architecture
+from daajax.ops import attention
+from daajax.ops.head import token_statistics
+
+Batch = Mapping[str, Array]
+
+# How queries see keys: a function of (batch, gathered keys) made once per micro-batch, and the attention that reads it.
+ATTENTION: dict[str, tuple[Callable[[Batch, int], Any], Callable[..., Array]]] = {
+    "blockwise": (
+        lambda batch, keys: attention.key_layout(
+            batch["segments"], batch["branches"], responses=batch["lengths"].shape[-1], keys=keys
+        ),
+        attention.blockwise,
+    ),
+    "dense": (
+        lambda batch, keys: attention.visible(batch["segments"], batch["branches"], batch["positions"]),
+        attention.dense,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores rows under a model.
+
+    Attributes:
+        model: The decoder.
+        see: Makes what attention needs to know of the rows.
+        head: `_head_statistics` on each device's rows.
+        attention: Name of the attention.
+    """
+
+    model: Decoder
+    see: Callable[[Batch, int], Any]
+    head: Callable[..., dict[str, Array]]
+    attention: str
+
+    @classmethod
+    def make(
+        cls,
+        architecture: Architecture,
+        mesh: Any,
+        *,
+        attention: str,
+        remat: str,
+        dtype: jax.typing.DTypeLike,
+        param_dtype: jax.typing.DTypeLike,
+    ) -> "Scorer":
+        """Puts model, attention and head together for a mesh.
+
+        Args:
+            architecture: What the model computes.
+            mesh: Where it runs.
+            attention: Key of `ATTENTION`.
+            remat: Key of `decoder.REMAT`.
+            dtype: Compute dtype.
+            param_dtype: Dtype of the parameters.
+        """
+        see, attend = ATTENTION[attention]
+        queries, keys = ("rows", "length", "heads", "head_dim"), ("rows", "length", "kv_heads", "head_dim")
+        model = Decoder(
+            architecture,
+            attend=sharding.local(attend, mesh, (queries, keys, keys, ("rows",)), queries),
+            constrain=sharding.constrain(mesh, ("rows", "length", None)),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+        )
+        rows = ("rows",)
+        head = sharding.local(_head_statistics, mesh, (rows, (), rows, rows, rows), rows)
+        return cls(model, see, head, attention)
+
+    def token_logps(self, params: Params, batch: Batch, *, keys: int) -> Float[Array, "rows scored"]:
+        """Log-probs of the scored tokens, nats, float32; 0 in empty slots.
+
+        Args:
+            params: Whose log-probs.
+            batch: One micro-batch, keys of `daajax.data.batches.LAYOUT`.
+            keys: The plan's capacity in gathered keys.
+        """
+        hidden = self.model.apply({"params": params}, batch["tokens"], batch["positions"], self.see(batch, keys))
+        weights = projection(params, self.model.architecture, self.model.dtype)
+        return self.head(hidden, weights, batch["sources"], batch["targets"], batch["owners"])["logps"]
+
+
+def _head_statistics(
+    hidden: Float[Array, "rows length embed"],
+    weights: Float[Array, "vocab embed"],
+    sources: Int[Array, "rows scored"],
+    targets: Int[Array, "rows scored"],
+    owners: Int[Array, "rows scored"],
+) -> dict[str, Float[Array, "rows scored"]]:
+    """Statistics at the scored slots; only hidden states that predict a scored token reach the projection."""
+    rows, scored = sources.shape
+    states = jnp.take_along_axis(hidden, sources[:, :, None], axis=1)
+    # Scored slots fill up from the front of each row: slot by slot through the rows, the empty ones come last.
+    in_turn = states.swapaxes(0, 1).reshape(rows * scored, -1)
+    last = jnp.where(owners.T.reshape(-1) >= 0, jnp.arange(rows * scored), -1).max()
+    statistics = token_statistics(in_turn, weights, targets.T.reshape(-1), last + 1)
+    return {name: jnp.where(owners >= 0, values.reshape(scored, rows).T, 0) for name, values in statistics.items()}
+
+
+def response_sums(
+    values: Float[Array, "rows scored"], owners: Int[Array, "rows scored"], *, slots: int, responses: int
+) -> Float[Array, "rows slots responses"]:
+    """Sums values over the scored tokens of each response.
+
+    A masked sum instead of a scatter: its order is fixed, so the result is the same on every run and platform.
+    """
+    owned = owners[:, :, None] == jnp.arange(slots * responses)[None, None]
+    return jnp.where(owned, values[:, :, None], 0).sum(axis=1).reshape(-1, slots, responses)

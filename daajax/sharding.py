@@ -1,0 +1,168 @@
+"""Where arrays live: the only file that names a mesh axis or touches `jax.sharding`.
+
+Arrays declare logical axes; `RULES` maps every one of them to mesh axes. An axis that is not in the table is a
+ValueError, so that nothing is replicated by accident.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from daajax.errors import UserError
+
+AXES = (
+    "data",
+    "fsdp",
+    "tensor",
+)  # replicas of the model · its parameters cut up, gathered layer by layer · heads and MLP cut up
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations and batches
+    "micro_batches": None,
+    "rows": ("data", "fsdp"),
+    "length": None,
+    "head_dim": None,
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "norm": None,
+    "vocab": "tensor",
+    "mlp": "tensor",
+    # both
+    "heads": "tensor",
+    "kv_heads": "tensor",
+}
+
+Axes = tuple[str | None, ...]
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices.
+
+    Args:
+        sizes: Devices on each axis of `AXES`; -1 on one of them takes the rest.
+
+    Raises:
+        UserError: If the axes do not multiply to the number of visible devices.
+    """
+    devices = jax.device_count()
+    shape = {axis: int(sizes[axis]) for axis in AXES}
+    known = math.prod(size for size in shape.values() if size != -1)
+    free = [axis for axis, size in shape.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+        raise UserError(f"mesh {shape}: sizes must be positive, and at most one of them -1.")
+    if free and devices % known == 0:
+        shape[free[0]] = devices // known
+    needed = math.prod(shape.values())
+    if needed != devices:
+        least = "a multiple of " if free else ""
+        raise UserError(
+            f"mesh {shape} needs {least}{known} devices but {devices} are visible; "
+            "set config.mesh or use -1 for one axis."
+        )
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """Devices that the rows of a batch are spread over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    """Maps logical axes to mesh axes; None stands for an axis that is never cut.
+
+    Raises:
+        ValueError: If an axis is not in `RULES`.
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} are not in the sharding table; it has {sorted(RULES)}.")
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
+    """Where an array with these logical axes lives."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
+    """Where every parameter lives.
+
+    Args:
+        mesh: The mesh.
+        shapes: Tree of arrays or shapes.
+        axes: The same tree of logical axes, each a PartitionSpec of their names.
+
+    Raises:
+        UserError: If an axis of a parameter does not divide evenly over its devices.
+    """
+
+    def one(path: Any, shape: Any, names: PartitionSpec) -> NamedSharding:
+        where = sharding(mesh, tuple(names))
+        for size, name, axis in zip(shape.shape, names, where.spec, strict=True):
+            parts = math.prod(mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or ()))
+            if size % parts:
+                raise UserError(
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}: its axis {name!r} of size "
+                    f"{size} does not divide over {parts} devices of mesh axis {axis!r}; "
+                    "choose a mesh whose sizes divide the model's."
+                )
+        return where
+
+    return jax.tree.map_with_path(one, shapes, axes)
+
+
+def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, shapes: Any, shardings: Any) -> Any:
+    """Optimizer state lives where its parameters live; what has another shape, such as a count, is on every device."""
+    state = jax.eval_shape(optimizer.init, shapes)
+    whole = replicated(mesh)
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, shape, where: where if leaf.shape == shape.shape else whole,
+        state,
+        shapes,
+        shardings,
+        transform_non_params=lambda _: whole,
+    )
+
+
+def place(
+    mesh: Mesh, batch: Mapping[str, np.ndarray], leading: Axes = ("micro_batches", "rows")
+) -> dict[str, jax.Array]:
+    """Makes global arrays of a host batch; each process fills in the parts its devices hold."""
+    where = sharding(mesh, leading)
+    return {key: jax.make_array_from_callback(value.shape, where, value.__getitem__) for key, value in batch.items()}
+
+
+def constrain(mesh: Mesh, axes: Axes) -> Callable[[jax.Array], jax.Array]:
+    """A function that says where its argument lives, for use under jit."""
+    where = sharding(mesh, axes)
+    return lambda x: jax.lax.with_sharding_constraint(x, where)
+
+
+def local(function: Callable[..., Any], mesh: Mesh, in_axes: Sequence[Axes], out_axes: Axes) -> Callable[..., Any]:
+    """Runs a function on each device's part of its arguments.
+
+    The function may not communicate. Arguments are differentiable: gradients of what is whole on several devices are
+    summed over them.
+
+    Args:
+        function: Single-device code.
+        mesh: The mesh.
+        in_axes: Leading logical axes of each argument; for a tree, of all its leaves.
+        out_axes: Likewise of every output.
+    """
+    # Without check_vma: loops inside start from constants, which the check would call unvarying and refuse.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=spec(out_axes), check_vma=False
+    )

@@ -1,0 +1,253 @@
+"""One update: score, take the loss's gradient with respect to log-probs, pull it back, step the optimizer.
+
+The loss is a function of `[examples, K]` log-probs, and its gradient is taken on those small arrays; the model's
+vector-Jacobian product then pulls it back. With one micro-batch that is plain backpropagation. With several, an
+objective that couples the examples of an update first sees all of them: one pass scores without gradient, a second one
+pulls back. The others need one pass.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from daajax import metrics
+from daajax.losses.objectives import Term
+from daajax.losses.scores import Responses
+from daajax.models.decoder import Params
+from daajax.scoring import Scorer, response_sums
+
+Batch = Mapping[str, Array]
+
+
+class TrainState(NamedTuple):
+    """What an update reads and replaces."""
+
+    step: Any  # updates done, int32 []; where state is shardings, so is every field
+    params: Params
+    optimizer: Any
+
+
+class Sums(NamedTuple):
+    """Sums over the scored tokens of each response, nats; `log_ratios` is None without a reference."""
+
+    logps: Float[Array, "*axes responses"]
+    log_ratios: Float[Array, "*axes responses"] | None
+
+
+class Counts(NamedTuple):
+    """What sums over an update are divided by, known from the data."""
+
+    examples: Float[Array, ""]
+    tokens: Float[Array, ""]  # scored tokens of response 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Counts":
+        """Counts a whole update, every micro-batch."""
+        return cls((batch["places"] >= 0).sum().astype(jnp.float32), batch["lengths"][..., 0].sum().astype(jnp.float32))
+
+
+def sums_of(token_logps: Float[Array, "rows scored"], batch: Batch, *, reference: bool) -> Sums:
+    """Sums one micro-batch's token log-probs; log-ratios are summed as differences, which float32 keeps exact."""
+    _, slots, responses = batch["lengths"].shape
+
+    def total(values: Array) -> Array:
+        return response_sums(values, batch["owners"], slots=slots, responses=responses)
+
+    return Sums(total(token_logps), total(token_logps - batch["reference"]) if reference else None)
+
+
+def loss_of(
+    sums: Sums, examples: Batch, terms: Sequence[Term], counts: Counts
+) -> tuple[Float[Array, ""], metrics.Logged]:
+    """The loss of some examples: their share of the update's.
+
+    Args:
+        sums: Of n examples, `[n, K]`.
+        examples: `lengths` `[n, K]`, `weights` and `places` `[n]`; place -1 is no example.
+        terms: What to add up.
+        counts: Of the whole update.
+
+    Returns:
+        The loss, and what to log of these examples.
+    """
+    real = examples["places"] >= 0
+    responses = Responses(sums.logps, sums.log_ratios, examples["lengths"])
+    total, results = jnp.float32(0), []
+    for term in terms:
+        result = term.loss(responses)
+        divisor = counts.tokens if term.objective.per == "tokens" else counts.examples
+        loss = jnp.where(real, examples["weights"] * result.losses, 0).sum() / divisor
+        total += term.weight * loss
+        results.append((term.name, loss, result))
+    return total, metrics.of_examples(total, results, responses, real, counts.examples)
+
+
+def loss_and_gradient(
+    scorer: Scorer, params: Params, batch: Batch, terms: Sequence[Term], *, batch_size: int, keys: int
+) -> tuple[Params, metrics.Logged]:
+    """Gradient of an update's loss, float32, and what to log of it.
+
+    Args:
+        scorer: Scores rows.
+        params: The policy's.
+        batch: A whole update, `[micro_batches, rows, …]`.
+        terms: The loss.
+        batch_size: Examples an update.
+        keys: The plan's capacity in gathered keys.
+    """
+    counts, reference = Counts.of(batch), any(term.objective.reference for term in terms)
+
+    def score(params: Params, part: Batch) -> Sums:
+        return sums_of(scorer.token_logps(params, part, keys=keys), part, reference=reference)
+
+    def cotangents(sums: Sums, part: Batch) -> tuple[Sums, metrics.Logged]:
+        """Gradient of the loss with respect to log-probs; the examples of other parts are absent from it."""
+        order = _Order(part["places"], batch_size)
+        by_place = jax.tree.map(order.by_place, sums)
+        gradient, logged = jax.grad(loss_of, has_aux=True)(by_place, order.examples(part), terms, counts)
+        return jax.tree.map(order.by_slot, gradient), logged
+
+    def pull_back(part: Batch, cotangents_of: Callable[[Sums], tuple[Sums, Any]]) -> tuple[Params, Any]:
+        sums, pull = jax.vjp(lambda params: score(params, part), params)
+        cotangent, logged = cotangents_of(sums)
+        (gradient,) = pull(cotangent)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), logged
+
+    if len(batch["places"]) == 1:
+        part = {name: value[0] for name, value in batch.items()}
+        return pull_back(part, lambda sums: cotangents(sums, part))
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    if any(term.objective.coupled for term in terms):
+
+        def pull(total: Params, operands: tuple[Batch, Sums]) -> tuple[Params, None]:
+            part, cotangent = operands
+            gradient, _ = pull_back(part, lambda _: (cotangent, None))
+            return jax.tree.map(jnp.add, total, gradient), None
+
+        _, sums = jax.lax.scan(lambda _, part: (None, score(params, part)), None, batch)
+        cotangent, logged = cotangents(sums, batch)
+        gradient, _ = jax.lax.scan(pull, zeros, (batch, cotangent))
+        return gradient, logged
+
+    def accumulate(total: Params, part: Batch) -> tuple[Params, metrics.Logged]:
+        gradient, logged = pull_back(part, lambda sums: cotangents(sums, part))
+        return jax.tree.map(jnp.add, total, gradient), logged
+
+    gradient, logged = jax.lax.scan(accumulate, zeros, batch)
+    return gradient, logged.combined()
+
+
+def loss_at_reference(
+    batch: Batch, terms: Sequence[Term], *, batch_size: int, tolerance: Callable[[Array], Array]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What the first loss of a run must be whose reference is the initial policy.
+
+    Args:
+        batch: The first update.
+        terms: The loss.
+        batch_size: Examples an update.
+        tolerance: From scored tokens to the nats by which a response's log-ratio may differ from 0.
+
+    Returns:
+        The loss with the reference's log-probs in place of the policy's, and how much such differences change it, to
+        first order.
+    """
+    _, slots, responses = batch["lengths"].shape[1:]
+
+    def sums(values: Array, owners: Array) -> Array:
+        return response_sums(values, owners, slots=slots, responses=responses)
+
+    order = _Order(batch["places"], batch_size)
+    logps = order.by_place(jax.vmap(sums)(batch["reference"], batch["owners"]))
+    examples = order.examples(batch)
+    lengths = examples["lengths"]
+    at = Sums(logps, jnp.zeros_like(logps))
+    loss, gradient = jax.value_and_grad(lambda s: loss_of(s, examples, terms, Counts.of(batch))[0])(at)
+    slope = jnp.abs(gradient.logps) + jnp.abs(gradient.log_ratios)
+    return loss, (slope * jnp.where(lengths > 0, tolerance(lengths), 0)).sum()
+
+
+class _Order:
+    """The way from slots `[…, rows, slots]` to the examples of an update in order of place, and back."""
+
+    def __init__(self, places: Int[Array, "*parts rows slots"], batch_size: int):
+        self._places, self._batch_size = places, batch_size
+
+    def by_place(self, x: Array) -> Array:
+        """Values by place, `[batch_size, …]`; zeros where a place does not occur."""
+        where = jnp.where(self._places < 0, self._batch_size, self._places).reshape(-1)
+        values = x.reshape(where.size, *x.shape[self._places.ndim :])
+        return jnp.zeros((self._batch_size, *values.shape[1:]), x.dtype).at[where].set(values, mode="drop")
+
+    def examples(self, batch: Batch) -> Batch:
+        """What `loss_of` reads of a batch besides log-probs."""
+        by_place = {name: self.by_place(batch[name]) for name in ("lengths", "weights")}
+        return by_place | {"places": self.by_place(batch["places"] + 1) - 1}
+
+    def by_slot(self, x: Array) -> Array:
+        """Values by slot, `[…, rows, slots, …]`; zeros in empty slots."""
+        real = (self._places >= 0).reshape(self._places.shape + (1,) * (x.ndim - 1))
+        return jnp.where(real, x[jnp.maximum(self._places, 0)], 0)
+
+
+class Update:
+    """The compiled update: `state, logged = update(state, batch, keys=…)`.
+
+    One `jax.jit` with explicit shardings; the state is donated. A batch of another shape compiles once more.
+
+    Args:
+        scorer: Scores rows.
+        terms: The loss.
+        optimizer: Steps the parameters; its gradient clipping sees the gradient whose norm is logged.
+        learning_rate: The schedule, for the log.
+        batch_size: Examples an update.
+        state_shardings: Where the state lives.
+        batch_sharding: Where every array of a batch lives.
+        replicated: Where metrics live.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        terms: Sequence[Term],
+        optimizer: optax.GradientTransformation,
+        learning_rate: optax.Schedule,
+        *,
+        batch_size: int,
+        state_shardings: TrainState,
+        batch_sharding: Any,
+        replicated: Any,
+    ):
+        def update(state: TrainState, batch: Batch, keys: int) -> tuple[TrainState, dict[str, Array]]:
+            gradient, logged = loss_and_gradient(scorer, state.params, batch, terms, batch_size=batch_size, keys=keys)
+            changes, moments = optimizer.update(gradient, state.optimizer, state.params)
+            params: Any = optax.apply_updates(state.params, changes)
+            values = logged.values() | {
+                "grad_norm": optax.tree.norm(gradient),
+                "learning_rate": learning_rate(state.step),
+            }
+            return TrainState(state.step + 1, params, moments), values
+
+        self._jitted = jax.jit(
+            update,
+            static_argnums=2,
+            in_shardings=(state_shardings, batch_sharding),
+            out_shardings=(state_shardings, replicated),
+            donate_argnums=0,
+        )
+        self._compiled = {}
+
+    def compile(self, state: TrainState, batch: Batch, *, keys: int) -> None:
+        """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one."""
+        self._compiled[batch["tokens"].shape, keys] = self._jitted.lower(state, batch, keys).compile()
+
+    def __call__(self, state: TrainState, batch: Batch, *, keys: int) -> tuple[TrainState, dict[str, Array]]:
+        """Runs one update; `keys` is the plan's capacity for this batch's shape."""
+        if (batch["tokens"].shape, keys) not in self._compiled:
+            self.compile(state, batch, keys=keys)
+        return self._compiled[batch["tokens"].shape, keys](state, batch)
