@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import tqdm
 
@@ -21,7 +20,7 @@ class Progress:
         name: What is being done, for the front of the line.
         total: Steps.
         unit: One step.
-        seconds: Least time between plain lines of `advance`; `note` always prints one.
+        seconds: Time after which a plain line is printed though there are no numbers to show.
     """
 
     def __init__(self, name: str, total: int, unit: str, seconds: float = 10.0):
@@ -30,29 +29,22 @@ class Progress:
         self._began = self._said = time.perf_counter()
         self._bar = tqdm.tqdm(total=total, desc=name, unit=unit, file=sys.stdout) if sys.stdout.isatty() else None
 
-    def advance(self) -> None:
-        """One step is done."""
+    def advance(self, values: Mapping[str, float] | None = None) -> None:
+        """One step is done; `values` are numbers to show beside the progress, if there are new ones."""
         self._done += 1
+        text = ", ".join(f"{name} {value:.4g}" for name, value in (values or {}).items())
         if self._bar is not None:
             self._bar.update()
-        elif self._done == self._total or time.perf_counter() - self._said >= self._seconds:
-            self._line("")
-
-    def note(self, values: Mapping[str, Any]) -> None:
-        """Shows some numbers beside the progress."""
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-        else:
-            self._line(f": {text}")
+            if text:
+                self._bar.set_postfix_str(text)
+        elif text or self._done == self._total or time.perf_counter() - self._said >= self._seconds:
+            now = self._said = time.perf_counter()
+            rate = self._done / max(now - self._began, 1e-9)
+            left = (self._total - self._done) / rate
+            line = f"{self._name} {self._done}/{self._total} ({rate:.2f} {self._unit}/s, {left:.0f} s left)"
+            say(f"{line}: {text}" if text else line)
 
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
-
-    def _line(self, text: str) -> None:
-        now = self._said = time.perf_counter()
-        rate = self._done / max(now - self._began, 1e-9)
-        left = (self._total - self._done) / rate if self._done else float("nan")
-        say(f"{self._name} {self._done}/{self._total} ({rate:.2f} {self._unit}/s, {left:.0f} s left){text}")

@@ -122,7 +122,7 @@ def train(config: Config, workdir: str) -> None:
         queued.append(logged["loss"])
         if len(queued) > IN_FLIGHT:
             queued.popleft().block_until_ready()
-        progress.advance()
+        shown = None
         if (t + 1) % config.log.every == 0 or t in (0, plan.updates - 1):
             values = {name: float(value) for name, value in jax.device_get(logged).items()}
             if t == 0 and not why_not:
@@ -134,8 +134,9 @@ def train(config: Config, workdir: str) -> None:
                 )
             values |= clock.read(t)
             writer.write(t + 1, values)
-            progress.note({name: values[name] for name in SHOWN if name in values})
             history.append(values)
+            shown = {name: values[name] for name in SHOWN if name in values}
+        progress.advance(shown)
     progress.close()
     writer.close()
 

@@ -4,7 +4,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 _ROUNDS = 60  # of swaps at most; real data settle in 5 to 30
-_PAIRS_AT_ONCE = 4096  # bounds the memory of a round
+_CANDIDATES = 48  # items of a bin that one round looks at; others have their turn in the next
+_CELLS_AT_ONCE = 2**22  # bounds the memory of a round
+_LATER = 0.3  # weight of the measures behind the first
 
 
 def evened(
@@ -26,45 +28,52 @@ def evened(
         measures: Sizes of the items.
         targets: Totals that each bin should have.
         group: Bins are paired within their group; sorted.
-        within: Relative deviation at which a bin is left alone.
+        within: Relative deviation at which a bin is left alone; four times as much in the later measures.
         movable: Places that may take part in a swap; None: all.
     """
     bins = bins.copy()
-    scale = np.maximum(targets.reshape(-1, targets.shape[-1]).max(axis=0), 1.0)
-    weight = np.array([1.0] + [0.3] * (measures.shape[1] - 1))
-    deviation = (measures[bins].sum(axis=1) - targets) / scale
+    count, width = bins.shape
+    scale = np.maximum(targets.max(axis=0, initial=0), 1.0)
     sizes = measures / scale
-    starts = np.searchsorted(group, np.arange(group[-1] + 1)) if len(group) else np.zeros(0, np.int64)
+    weights = np.array([1.0] + [_LATER] * (measures.shape[1] - 1))
+    deviation = (measures[bins].sum(axis=1) - targets) / scale
+    limits = within * np.where(np.arange(measures.shape[1]) == 0, 1, 4)
+    members = np.bincount(group)
+    starts = np.cumsum(members) - members
+    rank = np.arange(count) - starts[group]
+    opposite = starts[group] + members[group] - 1 - rank
+    lower_half = rank < members[group] // 2
+    chunk = max(1, _CELLS_AT_ONCE // min(width, _CANDIDATES) ** 2)
+    idle = 0
     for turn in range(_ROUNDS):
-        # Alternate the measure that decides who meets whom; a turn without gain in either ends the search.
-        axis = 1 if turn % 3 == 2 and measures.shape[1] > 1 else 0
-        if np.abs(deviation[:, 0]).max(initial=0.0) <= within and np.abs(deviation).max(initial=0.0) <= 4 * within:
+        off = (np.abs(deviation) > limits).any(axis=1)
+        if not off.any() or idle > 2:
             break
-        ranked = np.lexsort((deviation[:, axis], group))
-        rank = np.arange(len(bins)) - starts[group]
-        count = np.bincount(group)[group]
-        partner = ranked[starts[group] + count - 1 - rank]
-        first = rank < count // 2
-        light, heavy = ranked[first], partner[first]
-        gained = False
-        for begin in range(0, len(light), _PAIRS_AT_ONCE):
-            a, b = light[begin : begin + _PAIRS_AT_ONCE], heavy[begin : begin + _PAIRS_AT_ONCE]
-            delta = sizes[bins[b]][:, None, :, :] - sizes[bins[a]][:, :, None, :]  # [pairs, width, width, dims]
-            after = weight * ((deviation[a][:, None, None] + delta) ** 2 + (deviation[b][:, None, None] - delta) ** 2)
-            cost = after.sum(axis=-1)
+        # The measure that decides who meets whom alternates, as do the items that a round looks at.
+        ranked = np.lexsort((deviation[:, -1 if turn % 3 == 2 else 0], group))
+        light, heavy = ranked[lower_half], ranked[opposite[lower_half]]
+        needed = off[light] | off[heavy]
+        light, heavy = light[needed], heavy[needed]
+        columns = np.arange(width) if width <= _CANDIDATES else (turn * 31 + np.arange(_CANDIDATES)) % width
+        swaps = 0
+        for begin in range(0, len(light), chunk):
+            a, b = light[begin : begin + chunk], heavy[begin : begin + chunk]
+            change = np.zeros((len(a), len(columns), len(columns)))  # of the squared deviations, halved
+            for measure, weight in enumerate(weights):
+                ours, theirs = (sizes[bins[side][:, columns], measure] for side in (a, b))
+                delta = theirs[:, None, :] - ours[:, :, None]
+                change += weight * delta * (delta + (deviation[a] - deviation[b])[:, measure, None, None])
             if movable is not None:
-                cost = np.where(movable[a][:, :, None] & movable[b][:, None, :], cost, np.inf)
-            flat = cost.reshape(len(a), -1)
-            best = flat.argmin(axis=1)
-            before = (weight * (deviation[a] ** 2 + deviation[b] ** 2)).sum(axis=-1)
-            better = flat[np.arange(len(a)), best] < before * (1 - 1e-9) - 1e-15
-            i, j = np.divmod(best, bins.shape[1])
-            a, b, i, j, best = (x[better] for x in (a, b, i, j, best))
-            moved = delta.reshape(len(better), -1, delta.shape[-1])[better, best]
+                allowed = movable[a][:, columns, None] & movable[b][:, None, columns]
+                change = np.where(allowed, change, np.inf)
+            best = change.reshape(len(a), -1).argmin(axis=1)
+            better = np.take_along_axis(change.reshape(len(a), -1), best[:, None], axis=1)[:, 0] < -1e-15
+            i, j = (columns[x[better]] for x in np.divmod(best, len(columns)))
+            a, b = a[better], b[better]
+            moved = sizes[bins[b, j]] - sizes[bins[a, i]]
             deviation[a] += moved
             deviation[b] -= moved
             bins[a, i], bins[b, j] = bins[b, j], bins[a, i]
-            gained |= bool(better.any())
-        if not gained and axis == 0 and turn % 3 == 1:
-            break
+            swaps += len(a)
+        idle = 0 if swaps else idle + 1
     return bins

@@ -17,7 +17,7 @@ from daajax.errors import UserError
 
 LENGTH_MULTIPLE = 128  # row lengths and gathered keys come in whole attention blocks
 SCORED_MULTIPLE = 8
-_EVEN_WITHIN = 0.002  # relative deviation of a row's tokens at which it is left alone
+_EVEN_WITHIN = 0.0005  # relative deviation of a row's tokens at which it is left alone
 
 
 Windows = Int[np.ndarray, "updates batch_size"]
@@ -154,8 +154,9 @@ def pack(
     used = windows[windows >= 0]
     if row_length is not None and sizes.length[used].max() > row_length:
         worst = int(used[np.argmax(sizes.length[used])])
+        name = worst if names is None else names[worst]
         raise UserError(
-            f"example {worst if names is None else names[worst]} takes {sizes.length[worst]} tokens of a row but packing.row_length={row_length}; "
+            f"example {name} takes {sizes.length[worst]} tokens of a row but packing.row_length={row_length}; "
             "raise packing.row_length or lower max_length."
         )
     if packing:

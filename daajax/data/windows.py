@@ -118,6 +118,6 @@ def _balanced(
     padded = np.concatenate([measures, np.zeros((1, measures.shape[1]))])
     targets = counts[:, None] * measures.mean(axis=0)
     bins = evened(
-        bins, padded, targets, group=np.zeros(len(bins), np.int64), within=BALANCED_WITHIN / 4, movable=inside
+        bins, padded, targets, group=np.zeros(len(bins), np.int64), within=BALANCED_WITHIN / 10, movable=inside
     )
     return bins[inside]

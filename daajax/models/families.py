@@ -61,12 +61,14 @@ class Family:
     Attributes:
         architecture: From the contents of `config.json`.
         tensors: Where each of the decoder's parameters, by path, is stored.
-        ignored: Tensors that a directory may hold although the model does not need them.
+        ignored: Whether a directory may hold a tensor of this name although the model does not need it.
+        copies: Tensors that a directory may hold a second time, by name, and which tensor each must equal.
     """
 
     architecture: Callable[[dict[str, Any]], Architecture]
     tensors: Callable[[Architecture], dict[str, Tensor]]
-    ignored: Callable[[Architecture, str], bool]
+    ignored: Callable[[str], bool]
+    copies: Callable[[Architecture], dict[str, str]]
 
 
 # Keys that do not change what the decoder computes. Dropout is among them: alignment is deterministic here.
@@ -102,7 +104,7 @@ def read_architecture(path: str) -> Architecture:
         model_type = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a model's config.json ({type(error).__name__}: {error}).") from None
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}."
         )
@@ -129,10 +131,10 @@ def _llama(config: dict[str, Any]) -> Architecture:
         num_attention_heads=heads,
         num_key_value_heads=reader.integer("num_key_value_heads", heads),
         head_dim=reader.integer("head_dim", hidden // heads),
-        rms_norm_eps=float(reader.take("rms_norm_eps", 1e-6)),
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         max_position_embeddings=reader.integer("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(reader.take("tie_word_embeddings", False)),
-        initializer_range=float(reader.take("initializer_range", 0.02)),
+        tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
+        initializer_range=reader.number("initializer_range", 0.02),
         rope=_rope(reader),
     )
     reader.finish()
@@ -140,18 +142,18 @@ def _llama(config: dict[str, Any]) -> Architecture:
         raise UserError(
             f"num_attention_heads={heads} is not a multiple of num_key_value_heads={architecture.num_key_value_heads}."
         )
+    if architecture.head_dim % 2:
+        raise UserError(f"head_dim={architecture.head_dim} is odd; rotary embedding needs an even one.")
     return architecture
 
 
 def _rope(reader: "_Reader") -> Rope:
     """Reads `rope_parameters`, or `rope_theta` with `rope_scaling` as transformers wrote them before version 5."""
-    own = dict(reader.take("rope_parameters") or {})
-    scaling = dict(reader.take("rope_scaling") or {})
-    theta = reader.take("rope_theta")
-    parameters: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta} | scaling | own
+    theta = reader.take("rope_theta", 10000.0)
+    parameters = {"rope_theta": theta} | reader.table("rope_scaling") | reader.table("rope_parameters")
     rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
-    if rope_type not in _ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_KEYS:
         raise UserError(f"rope_type {rope_type!r} is not supported; supported are {', '.join(sorted(_ROPE_KEYS))}.")
     wrong = set(parameters) ^ _ROPE_KEYS[rope_type]
     if wrong:
@@ -159,7 +161,21 @@ def _rope(reader: "_Reader") -> Rope:
             f"rope_parameters of type {rope_type!r} need {sorted(_ROPE_KEYS[rope_type])}; "
             f"missing or extra: {sorted(wrong)}."
         )
-    return Rope(rope_type=rope_type, **parameters)
+    own = _Reader(parameters)
+    rope = Rope(own.number("rope_theta"), rope_type)
+    if rope_type == "llama3":
+        rope = dataclasses.replace(
+            rope,
+            factor=own.number("factor"),
+            low_freq_factor=own.number("low_freq_factor"),
+            high_freq_factor=own.number("high_freq_factor"),
+            original_max_position_embeddings=own.integer("original_max_position_embeddings"),
+        )
+        if rope.high_freq_factor <= rope.low_freq_factor:
+            raise UserError(
+                f"high_freq_factor={rope.high_freq_factor} must exceed low_freq_factor={rope.low_freq_factor}."
+            )
+    return rope
 
 
 class _Reader:
@@ -176,6 +192,24 @@ class _Reader:
         value = self.take(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{key} is {value!r}; a positive integer is needed.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.take(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise UserError(f"{key} is {value!r}; a positive number is needed.")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{key} is {value!r}; true or false is needed.")
+        return value
+
+    def table(self, key: str) -> dict[str, Any]:
+        value = self.take(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{key} is {value!r}; an object is needed.")
         return value
 
     def expect(self, key: str, supported: Any) -> None:
@@ -206,9 +240,14 @@ def _llama_tensors(architecture: Architecture) -> dict[str, Tensor]:
     return tensors
 
 
-def _llama_ignored(architecture: Architecture, name: str) -> bool:
-    """Old exports store rotary frequencies; some store the tied head a second time."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and architecture.tie_word_embeddings)
+def _llama_ignored(name: str) -> bool:
+    """Old exports store rotary frequencies."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _llama_copies(architecture: Architecture) -> dict[str, str]:
+    """Some exports store the tied head a second time."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if architecture.tie_word_embeddings else {}
 
 
 def parameter_count(architecture: Architecture) -> int:
@@ -224,5 +263,5 @@ def parameter_count(architecture: Architecture) -> int:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, _llama_tensors, _llama_ignored),
+    "llama": Family(_llama, _llama_tensors, _llama_ignored, _llama_copies),
 }

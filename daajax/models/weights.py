@@ -29,6 +29,7 @@ Flat = dict[str, Any]  # the leaves of Params by path
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _SHARD_BYTES = 5_000_000_000
+_ROWS = 4096  # of a matrix, compared at once
 # What a model directory holds besides weights and what makes it loadable elsewhere; carried along unchanged.
 _COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 TOKENIZER_FILES = (
@@ -64,7 +65,8 @@ class Directory:
     def _files(self) -> dict[str, str]:
         if (self._root / _INDEX).is_file():
             try:
-                weight_map = json.loads((self._root / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+                text = (self._root / _INDEX).read_text(encoding="utf-8")
+                weight_map = json.loads(text, object_pairs_hook=_without_duplicates)["weight_map"]
                 names = {name: str(file) for name, file in weight_map.items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{self._root / _INDEX} is not an index of safetensors; fetch it again.") from None
@@ -73,10 +75,12 @@ class Directory:
                     raise UserError(
                         f"{self._root / _INDEX} names {file!r}; only .safetensors files beside it are opened."
                     )
-            for name, file in names.items():
-                if name not in self._handle(file).keys():  # noqa: SIM118 - not a dict
+            for file in sorted(set(names.values())):
+                listed, found = {name for name in names if names[name] == file}, set(self._handle(file).keys())
+                if listed != found:
                     raise UserError(
-                        f"{self._root / file} lacks tensor {name!r}, which {_INDEX} says it has; fetch it again."
+                        f"{self._root / file} and {_INDEX} disagree on tensor {min(listed ^ found)!r}, which only one "
+                        "of them has there; fetch both again."
                     )
             return names
         if (self._root / _SINGLE).is_file():
@@ -115,6 +119,13 @@ class Directory:
         self._stack.close()
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; of a key that comes twice, Python's json would keep the last."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
+
+
 def load(path: str, architecture: Architecture, shapes: Params, shardings: Params) -> Params:
     """Reads a model directory into sharded parameters.
 
@@ -125,11 +136,12 @@ def load(path: str, architecture: Architecture, shapes: Params, shardings: Param
         shardings: Where every parameter lives.
 
     Raises:
-        UserError: If tensors are missing, extra, of another shape, or not floats.
+        UserError: If tensors are missing, extra, of another shape, not floats, or differ from what they are tied to.
     """
     stored = _stored(architecture)
     with Directory(path) as directory:
         _check_names(path, directory, architecture, _names(stored))
+        _check_copies(path, directory, architecture)
         flat_shapes, flat_shardings = _flat(shapes), _flat(shardings)
         params = {}
         for name, shape in flat_shapes.items():
@@ -166,14 +178,30 @@ def _names(stored: dict[str, _Stored]) -> set[str]:
 
 
 def _check_names(path: str, directory: Directory, architecture: Architecture, needed: set[str]) -> None:
-    ignored = FAMILIES[architecture.model_type].ignored
+    family = FAMILIES[architecture.model_type]
     missing = sorted(needed - set(directory.file_of))
-    extra = sorted(name for name in set(directory.file_of) - needed if not ignored(architecture, name))
+    spare = set(directory.file_of) - needed - set(family.copies(architecture))
+    extra = sorted(name for name in spare if not family.ignored(name))
     for names, problem in ((missing, "lacks"), (extra, "has unexpected")):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
                 f"{path} {problem} tensors for its config.json: {shown}; fetch the model again or mend config.json."
+            )
+
+
+def _check_copies(path: str, directory: Directory, architecture: Architecture) -> None:
+    """A copy that differs is another model, and transformers would load that one."""
+    for name, original in FAMILIES[architecture.model_type].copies(architecture).items():
+        if name not in directory.file_of:
+            continue
+        copy, kept = directory.slice(name), directory.slice(original)
+        rows = copy.get_shape()[0]
+        blocks = (slice(row, min(row + _ROWS, rows)) for row in range(0, rows, _ROWS))
+        if copy.get_shape() != kept.get_shape() or any((copy[block] != kept[block]).any() for block in blocks):
+            raise UserError(
+                f"{path}: tensor {name} differs from {original}, though config.json ties the two; "
+                "set tie_word_embeddings to false there, or remove the one that is not meant."
             )
 
 
@@ -191,16 +219,21 @@ def _check_shapes(path: str, directory: Directory, stored: _Stored, shape: tuple
 
 
 def _reader(directory: Directory, stored: _Stored, dtype: Any) -> Callable[[Any], np.ndarray]:
-    """What reads the part of a parameter that an index asks for."""
+    """What reads the part of a parameter that an index asks for, once for all devices that hold it."""
+    parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
 
     def one(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
         part = directory.slice(tensor.name)[tuple(reversed(index)) if tensor.transposed else index]
         return (part.T if tensor.transposed else part).astype(dtype)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not stored.stacked:
-            return one(stored.tensors[0], index)
-        return np.stack([one(tensor, index[1:]) for tensor in stored.tensors[index[0]]])
+        key = tuple((part.start, part.stop) for part in index)  # a slice itself is no key before Python 3.12
+        if key not in parts:
+            if stored.stacked:
+                parts[key] = np.stack([one(tensor, index[1:]) for tensor in stored.tensors[index[0]]])
+            else:
+                parts[key] = one(stored.tensors[0], index)
+        return parts[key]
 
     return read
 
