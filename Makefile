@@ -72,7 +72,8 @@ check: $(ready) ## format, lint, types, shell scripts
 	$(VENV)/bin/shellcheck .ci/run launch/*.sh
 
 bench: $(ready) ## every script of benchmarks/
-	@for script in benchmarks/*.py; do echo "== $$script"; $(python) "$$script" || exit 1; done
+	$(python) -m benchmarks.packing
+	$(python) -m benchmarks.attention
 
 lock: ## resolve the dependencies afresh and write the lock of this Python's version
 	$(require-python)

@@ -1,10 +1,10 @@
 """Attention on packed rows with shared prompts, forward and backward: side by side in one run.
 
-    python benchmarks/attention.py [--heads=8] [--kv_heads=4] [--head_dim=32] [--pairs=8] [--repeats=5]
+    python -m benchmarks.attention [--heads=8] [--kv_heads=4] [--head_dim=32] [--pairs=8] [--repeats=5]
 
-`blockwise` is what a CPU trains with, `dense` builds the whole mask (the oracle), `padded` is what a trainer without packing does:
-every response with its own copy of the prompt, padded to the longest. All three compute the same outputs; that is checked first.
-Times are medians over the repeats, taken in turn, of one layer's value and gradient.
+`blockwise` is what a CPU trains with, `dense` builds the whole mask (the oracle), `padded` is what a trainer without
+packing does: every response with its own copy of the prompt, padded to the longest. All three compute the same
+outputs; that is checked first. Times are medians over the repeats, taken in turn, of one layer's value and gradient.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """How full rows are over an epoch, by pairs a row; and how long planning takes.
 
-    python benchmarks/packing.py [--examples=6000] [--rows=8]
+    python -m benchmarks.packing [--examples=6000] [--rows=8]
 
-Real shares of the four capacities of a row (tokens, slots, scored tokens, gathered keys), empty rows counted, for one static shape over
-the whole epoch. `padded` is what the same batches would be if every response were padded to the longest of its batch.
+Real shares of the four capacities of a row (tokens, slots, scored tokens, gathered keys), empty rows counted, for one
+static shape over the whole epoch. `padded` is what the same batches would be if every response were padded to the
+longest of its batch.
 """
 
 import argparse

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from daajax import command, first_loss, metrics, run, sharding, step
+from daajax import command, first_loss, folder, metrics, run, sharding, step
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
 from daajax.data.packing import Plan
 from daajax.data.windows import describe
 from daajax.errors import UserError
-from daajax.folder import begin_folder, is_finished
 from daajax.losses.objectives import bind
 from daajax.models import weights
 from daajax.models.families import parameter_count, read_architecture
@@ -39,9 +38,9 @@ def train(config: Config, workdir: str) -> None:
     Raises:
         UserError: If anything the user can mend stands in the way.
     """
-    folder = pathlib.Path(workdir)
-    if is_finished(folder, config):
-        say(f"{folder} is finished: the model is in {folder / 'model'}")
+    where = pathlib.Path(workdir)
+    if folder.is_finished(where, config):
+        say(f"{where} is finished: the model is in {where / 'model'}")
         return
 
     # ------------------------------------------------------------------ what is trained, on what, where
@@ -110,8 +109,8 @@ def train(config: Config, workdir: str) -> None:
         expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
 
     # ------------------------------------------------------------------ the updates
-    begin_folder(folder, config)
-    writer = metrics.Writer(folder)
+    folder.begin(where, config)
+    writer = metrics.Writer(where)
     progress = Progress("train", plan.updates, "update")
     clock = _Clock(plan, data.lengths)
     queued: collections.deque[jax.Array] = collections.deque()
@@ -142,7 +141,7 @@ def train(config: Config, workdir: str) -> None:
 
     # ------------------------------------------------------------------ the result
     weights.save(
-        str(folder / "model"),
+        str(where / "model"),
         state.params,
         architecture,
         model_path=config.model.path,
@@ -151,7 +150,7 @@ def train(config: Config, workdir: str) -> None:
     for name in SHOWN:
         if name in history[0]:
             say(f"{name}: {history[0][name]:.6g} at update 1, {history[-1][name]:.6g} at update {plan.updates}")
-    say(f"the model is in {folder / 'model'}, the metrics in {folder / 'metrics.jsonl'}")
+    say(f"the model is in {where / 'model'}, the metrics in {where / 'metrics.jsonl'}")
 
 
 class _Clock:

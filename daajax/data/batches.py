@@ -56,12 +56,12 @@ class Batches:
         batch = {
             key: np.full([axes[axis] for axis in names], empty, dtype) for key, (dtype, names, empty) in LAYOUT.items()
         }
-        filled = np.zeros((total_rows, 3), np.int64)  # slots, positions, scored slots taken so far
+        rows = [_Row({key: value[row] for key, value in batch.items()}) for row in range(total_rows)]
         for place, (example, row) in enumerate(
             zip(plan.windows[update].tolist(), plan.row_of[update].tolist(), strict=True)
         ):
             if example >= 0:
-                self._put(batch, row, filled[row], place, example)
+                self._put(rows[row], place, example)
         return {key: value.reshape(plan.micro_batches, plan.rows, *value.shape[1:]) for key, value in batch.items()}
 
     def __len__(self) -> int:
@@ -87,47 +87,76 @@ class Batches:
                 filled[row] += len(mine)
         return indices.reshape(plan.micro_batches, plan.rows, -1)
 
-    def _put(self, batch: Batch, row: int, filled: Int[np.ndarray, "3"], place: int, example: int) -> None:
+    def _put(self, row: "_Row", place: int, example: int) -> None:
         """Writes one example into the next free slot of a row."""
-        slot, position, first = filled
-        lengths = self._data.lengths[example]
-        prompt = lengths[0]
-        begin = self._data.starts[example]
-        responses = [k for k in range(1, self.responses + 1) if lengths[k]]
-        pieces = (
-            [(0, begin, prompt, 0)] if self.plan.prefix_sharing else []
-        )  # branch, where in the data, tokens, position
-        source_of_first = position + prompt - 1
-        cursor = begin + prompt
-        starts = {}
-        for k in responses:
-            if not self.plan.prefix_sharing:
-                pieces.append((k, begin, prompt, 0))
-            starts[k] = position + sum(piece[2] for piece in pieces)
-            pieces.append((k, cursor, lengths[k], prompt))
-            cursor += lengths[k]
-        for branch, where, count, rotary in pieces:
-            span = slice(position, position + count)
-            batch["tokens"][row, span] = self._data.tokens[where : where + count]
-            batch["positions"][row, span] = np.arange(rotary, rotary + count)
-            batch["segments"][row, span] = slot + 1
-            batch["branches"][row, span] = branch
-            position += count
-        cursor = begin + prompt
-        for k in responses:
-            mine = np.nonzero(self._data.scored[cursor : cursor + lengths[k]])[0]
-            span = slice(first, first + len(mine))
-            before_first = source_of_first if self.plan.prefix_sharing else starts[k] - 1
-            batch["sources"][row, span] = np.where(mine == 0, before_first, starts[k] + mine - 1)
-            batch["targets"][row, span] = self._data.tokens[cursor + mine]
-            batch["owners"][row, span] = slot * self.responses + k - 1
-            batch["offsets"][row, span] = np.arange(len(mine))
-            if self._reference is not None:
-                batch["reference"][row, span] = self._reference[cursor + mine]
-            batch["lengths"][row, slot, k - 1] = len(mine)
-            first += len(mine)
-            cursor += lengths[k]
-        batch["weights"][row, slot] = self._data.weights[example]
-        batch["places"][row, slot] = place
-        batch["ids"][row, slot] = example
-        filled[:] = slot + 1, position, first
+        data, sharing = self._data, self.plan.prefix_sharing
+        lengths = data.lengths[example].tolist()
+        prompt = slice(int(data.starts[example]), int(data.starts[example]) + lengths[0])
+        row.open_slot(place, example, float(data.weights[example]))
+        shared = row.write(data.tokens[prompt], branch=0, position=0) if sharing else 0
+        end = prompt.stop
+        for k in range(1, self.responses + 1):
+            response = slice(end, end + lengths[k])
+            end = response.stop
+            if not lengths[k]:
+                continue
+            before = shared if sharing else row.write(data.tokens[prompt], branch=k, position=0)
+            start = row.length
+            row.write(data.tokens[response], branch=k, position=lengths[0])
+            mine = np.nonzero(data.scored[response])[0]
+            row.score(
+                k,
+                sources=np.where(mine == 0, before - 1, start + mine - 1),
+                targets=data.tokens[response][mine],
+                reference=None if self._reference is None else self._reference[response][mine],
+                slot_width=self.responses,
+            )
+
+
+class _Row:
+    """One row of a batch, filled from the front.
+
+    Attributes:
+        length: Positions taken so far.
+    """
+
+    def __init__(self, arrays: Batch):
+        self._arrays = arrays
+        self._slot, self.length, self._scored = -1, 0, 0
+
+    def open_slot(self, place: int, example: int, weight: float) -> None:
+        """Begins the next example."""
+        self._slot += 1
+        self._arrays["weights"][self._slot] = weight
+        self._arrays["places"][self._slot] = place
+        self._arrays["ids"][self._slot] = example
+
+    def write(self, tokens: Int[np.ndarray, " count"], *, branch: int, position: int) -> int:
+        """Appends tokens whose rotary positions begin at `position`; returns the place in the row behind them."""
+        span = slice(self.length, self.length + len(tokens))
+        self._arrays["tokens"][span] = tokens
+        self._arrays["positions"][span] = np.arange(position, position + len(tokens))
+        self._arrays["segments"][span] = self._slot + 1
+        self._arrays["branches"][span] = branch
+        self.length = span.stop
+        return span.stop
+
+    def score(
+        self,
+        response: int,
+        *,
+        sources: Int[np.ndarray, " count"],
+        targets: Int[np.ndarray, " count"],
+        reference: Float[np.ndarray, " count"] | None,
+        slot_width: int,
+    ) -> None:
+        """Appends the scored tokens of a response, counted from 1; `slot_width` is K."""
+        span = slice(self._scored, self._scored + len(targets))
+        self._arrays["sources"][span] = sources
+        self._arrays["targets"][span] = targets
+        self._arrays["owners"][span] = self._slot * slot_width + response - 1
+        self._arrays["offsets"][span] = np.arange(len(targets))
+        if reference is not None:
+            self._arrays["reference"][span] = reference
+        self._arrays["lengths"][self._slot, response - 1] = len(targets)
+        self._scored = span.stop
