@@ -44,8 +44,10 @@ def parse(argv: Sequence[str], name: str) -> tuple[Config, str]:
     Raises:
         UserError: If anything on the line is not understood.
     """
+    unset = [a.partition("=")[0] for a in argv if a.startswith("--config.") and a.endswith("=None")]
+    overrides = [a for a in argv if a.partition("=")[0] not in unset]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Recipe.", flag_values=values, sys_argv=list(argv))
+    config_flags.DEFINE_config_file("config", None, "Recipe.", flag_values=values, sys_argv=overrides)
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     recipe = _recipe(argv)
     if not recipe:
@@ -58,20 +60,31 @@ def parse(argv: Sequence[str], name: str) -> tuple[Config, str]:
             f"--config={file}: there is no such file; recipes are in configs/, run from the repository's folder."
         )
     try:
-        rest = values(argv)
+        rest = values(overrides)
         config = values.config
+        for option in unset:
+            _unset(config, option.removeprefix("--config."))
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
     except UserError:
         raise
     except (AttributeError, KeyError) as error:
-        raise UserError(f"an option does not exist: {_one_line(error)}; configs/base.py has them all.") from None
+        raise UserError(f"there is no such option: {_one_line(error)}; configs/base.py has them all.") from None
     except Exception as error:  # a recipe is a program: whatever it raises is the recipe's
         raise UserError(f"{recipe}: {type(error).__name__}: {_one_line(error)}") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not understood; options look like --config.key=value.")
     stem = pathlib.Path(file).stem + (f"-{argument.replace('/', '_')}" if argument else "")
     return resolve(config), values.workdir or str(pathlib.Path("runs") / stem)
+
+
+def _unset(config: Config, name: str) -> None:
+    """Sets an option to None, which a flag of its type would refuse."""
+    *folders, last = name.split(".")
+    for folder in folders:
+        config = config[folder]
+    config[last]  # raises where there is no such option
+    config[last] = None
 
 
 def _recipe(argv: Sequence[str]) -> str:
@@ -84,4 +97,7 @@ def _recipe(argv: Sequence[str]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").split())
+    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").strip("\"' ")
+    if "Traceback (most recent call last)" in text:  # of a recipe; its last line says what is wrong
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split())

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import optax
 from ml_collections import config_dict
 
 from configs import base
@@ -11,7 +12,7 @@ from daajax.data.sources import SOURCES
 from daajax.errors import UserError
 from daajax.losses.objectives import bind
 from daajax.models.decoder import REMAT
-from daajax.optimizer import OPTIMIZERS, SCHEDULES
+from daajax.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer
 from daajax.scoring import ATTENTION
 
 Config = Any  # a ConfigDict with the keys of configs/base.py; it types none of its attributes
@@ -50,6 +51,7 @@ _AT_LEAST = {
     "steps": 1,
 }
 _REQUIRED = ("model.path", "data.path")
+_CAN_BE_NONE = ("data.cache_dir",)  # besides those whose default is None
 _FREE = ("loss", "extra_losses")  # their keys are an objective's; `bind` checks them
 
 
@@ -65,14 +67,9 @@ def resolve(config: Config) -> Config:
     for names, problem in ((set(found) - set(known), "is not an option"), (set(known) - set(found), "is missing")):
         if names:
             raise UserError(f"config.{min(names)} {problem}; configs/base.py has them all, set its keys one by one.")
-    with config.unlocked():
-        for name, value in found.items():
-            if value in ("None", "") and name not in _FREE:
-                _set(config, name, None)
-                found[name] = None
-    for name in _REQUIRED:
-        if found[name] is None:
-            raise UserError(f"config.{name} is not set; name it with --config.{name}=… .")
+    for name, value in found.items():
+        if value is None and (name in _REQUIRED or (known[name] is not None and name not in _CAN_BE_NONE)):
+            raise UserError(f"config.{name} is not set; set it with --config.{name}=… .")
     for name, choices in _CHOICES.items():
         if found[name] not in choices:
             raise UserError(f"config.{name}={found[name]!r} is unknown; there are {', '.join(choices)}.")
@@ -82,8 +79,15 @@ def resolve(config: Config) -> Config:
             raise UserError(f"config.{name}={value} must be at least {least}.")
     if (config.steps is None) == (config.epochs is None):
         raise UserError(
-            f"set exactly one of config.steps (got {config.steps}) and config.epochs (got {config.epochs})."
+            f"set exactly one of config.steps (got {config.steps}) and config.epochs (got {config.epochs}); "
+            "--config.epochs=None or --config.steps=None unsets the other."
         )
+    make_optimizer(
+        config.optimizer.name,
+        optax.constant_schedule(0.0),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        hyperparameters=hyperparameters(config),
+    )
     _check_reference(config)
     return config.lock()
 
@@ -97,6 +101,11 @@ def losses(config: Config) -> list[dict[str, Any]]:
             f"config.extra_losses holds {wrong!r}; it needs dicts, such as ({{'name': 'sft', 'weight': 0.2}},)."
         )
     return [dict(loss) for loss in every]
+
+
+def hyperparameters(config: Config) -> dict[str, float | None]:
+    """What an optimizer may take besides its learning rate; None: not set."""
+    return {name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay")}
 
 
 def _check_reference(config: Config) -> None:
@@ -125,10 +134,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _set(config: Config, name: str, value: Any) -> None:
-    *folders, last = name.split(".")
-    for folder in folders:
-        config = config[folder]
-    config[last] = value

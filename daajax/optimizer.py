@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util as traverse
+import jax
+import jax.numpy as jnp
 import optax
 
 from daajax.errors import UserError
@@ -93,7 +95,14 @@ def make_optimizer(
     if unknown:
         raise UserError(f"optimizer {name!r} takes {known}, not {unknown}; unset config.optimizer.{unknown[0]}.")
     optimizer = OPTIMIZERS[name](schedule, **chosen)
-    return optimizer if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+    if max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+    def init(params: Any) -> Any:
+        """State in float32, as the gradients are, whatever the dtype of the parameters."""
+        return optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+    return optax.GradientTransformation(init, optimizer.update)
 
 
 def _decayed(params: Any) -> Any:

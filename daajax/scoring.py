@@ -70,7 +70,12 @@ class Scorer:
             remat: Key of `decoder.REMAT`.
             dtype: Compute dtype.
             param_dtype: Dtype of the parameters.
+
+        Raises:
+            UserError: If the mesh cuts the heads into unequal parts.
         """
+        sharding.check_divides(mesh, "heads", architecture.num_attention_heads, "attention heads")
+        sharding.check_divides(mesh, "kv_heads", architecture.num_key_value_heads, "key-value heads")
         see, attend = ATTENTION[attention]
         queries, keys = ("rows", "length", "heads", "head_dim"), ("rows", "length", "kv_heads", "head_dim")
         model = Decoder(

@@ -73,6 +73,24 @@ def row_multiple(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def check_divides(mesh: Mesh, axis: str, size: int, what: str) -> None:
+    """Refuses to cut `size` things along a logical axis into unequal parts.
+
+    Raises:
+        UserError: If the devices on the logical axis do not divide `size`.
+    """
+    parts = _parts(mesh, spec((axis,))[0])
+    if size % parts:
+        raise UserError(
+            f"{what}: {size} do not divide over {parts} devices of mesh axis {RULES[axis]!r}; "
+            "choose a mesh whose sizes divide the model's."
+        )
+
+
+def _parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([mesh_axes] if isinstance(mesh_axes, str) else mesh_axes or ()))
+
+
 def spec(axes: Axes) -> PartitionSpec:
     """Maps logical axes to mesh axes; None stands for an axis that is never cut.
 
@@ -108,16 +126,10 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     """
 
     def one(path: Any, shape: Any, names: PartitionSpec) -> NamedSharding:
-        where = sharding(mesh, tuple(names))
-        for size, name, axis in zip(shape.shape, names, where.spec, strict=True):
-            parts = math.prod(mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or ()))
-            if size % parts:
-                raise UserError(
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}: its axis {name!r} of size "
-                    f"{size} does not divide over {parts} devices of mesh axis {axis!r}; "
-                    "choose a mesh whose sizes divide the model's."
-                )
-        return where
+        parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+        for size, name in zip(shape.shape, names, strict=True):
+            check_divides(mesh, name, size, f"parameter {parameter}, axis {name!r}")
+        return sharding(mesh, tuple(names))
 
     return jax.tree.map_with_path(one, shapes, axes)
 

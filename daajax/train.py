@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from daajax import command, first_loss, folder, metrics, run, sharding, step
-from daajax.config import Config, losses
+from daajax.config import Config, hyperparameters, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
 from daajax.data.packing import Plan
@@ -78,7 +78,7 @@ def train(config: Config, workdir: str) -> None:
         config.optimizer.name,
         schedule,
         max_grad_norm=config.optimizer.max_grad_norm,
-        hyperparameters={name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay")},
+        hyperparameters=hyperparameters(config),
     )
     whole = sharding.replicated(mesh)
     moments = sharding.optimizer_shardings(mesh, optimizer, params, param_shardings)

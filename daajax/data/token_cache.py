@@ -21,22 +21,12 @@ import numpy as np
 
 from daajax.data.sources import read
 from daajax.data.tokenization import tokenize
-from daajax.data.tokenizer import check_vocabulary, load_tokenizer, template_text
+from daajax.data.tokenizer import TOKENIZER_FILES, check_vocabulary, load_tokenizer, template_text
 from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 
 FORMAT = 1  # raise it whenever the same rows would become other arrays
 ARRAYS = ("tokens", "scored", "starts", "lengths", "weights", "id_text", "id_starts")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "config.json",
-)
 
 
 class DamagedError(Exception):
@@ -130,7 +120,7 @@ def entry_key(path: Path, tokenizer_path: Path, options: dict[str, Any]) -> str:
         tokenizer_path: The tokenizer's folder.
         options: All other arguments of reading and tokenizing.
     """
-    files = sorted(file for pattern in TOKENIZER_FILES for file in tokenizer_path.glob(pattern))
+    files = sorted(file for pattern in (*TOKENIZER_FILES, "config.json") for file in tokenizer_path.glob(pattern))
     try:
         ingredients = {
             "format": FORMAT,

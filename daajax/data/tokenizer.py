@@ -14,6 +14,19 @@ from daajax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_FILES = (  # what a tokenizer consists of, beside its model's config.json
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "vocab.txt",
+)
 FIXED_DATE = datetime.date(2024, 7, 26)  # what Llama's templates print where no clock is at hand
 
 

@@ -26,7 +26,7 @@ def updates_of(*, steps: int | None, epochs: float | None, examples: int, batch_
     Raises:
         UserError: If that is not at least one update.
     """
-    updates = steps or int((epochs or 0) * examples // batch_size)
+    updates = steps or math.floor((epochs or 0) * examples / batch_size + 1e-9)  # 0.57 * 100 is 56.99…
     if updates < 1:
         raise UserError(
             f"steps={steps}, epochs={epochs} with {examples} examples and batch_size={batch_size} give no update; "

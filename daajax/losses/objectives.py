@@ -8,6 +8,7 @@ To add one: a function of `Responses` with keyword-only hyper-parameters, under 
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -221,9 +222,13 @@ def bind(losses: Sequence[Mapping[str, Any]]) -> tuple[Term, ...]:
                 f"loss {name!r} takes {known}, not {unknown}; set config.loss as a whole when its name changes."
             )
         for key, value in {"weight": weight, **arguments}.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"loss {name!r}: {key}={value!r} must be a number.")
-        function = functools.partial(objective.function, **arguments)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"loss {name!r}: {key}={value!r} must be a finite number.")
+        if any(term.name == name for term in terms):
+            raise UserError(
+                f"loss {name!r} occurs twice in config.loss and config.extra_losses; one term of it is enough."
+            )
+        function = functools.partial(objective.function, **{key: float(value) for key, value in arguments.items()})
         try:
             _trace(function, objective)
         except ValueError as error:

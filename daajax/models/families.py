@@ -95,7 +95,8 @@ def read_architecture(path: str) -> Architecture:
     if not pathlib.Path(path).is_dir():
         raise UserError(
             f"model.path={path!r} is not a directory; it must be a Hugging Face model directory "
-            "(config.json, *.safetensors, tokenizer.json). Download one with: hf download NAME --local-dir DIR"
+            "(config.json, *.safetensors, tokenizer.json). Download one with: "
+            f"hf download ORGANIZATION/{pathlib.Path(path).name} --local-dir {path}"
         )
     if not file.is_file():
         raise UserError(f"{path} has no config.json; model.path must be a Hugging Face model directory.")

@@ -20,6 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from daajax.console import say
+from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
 from daajax.models.families import FAMILIES, Architecture, Tensor
 
@@ -32,18 +34,6 @@ _SHARD_BYTES = 5_000_000_000
 _ROWS = 4096  # of a matrix, compared at once
 # What a model directory holds besides weights and what makes it loadable elsewhere; carried along unchanged.
 _COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "vocab.txt",
-)
 
 
 class Directory:
@@ -242,7 +232,8 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
     """Writes a model directory that transformers loads; it appears whole or not at all.
 
     Weights take the dtype of the directory the model came from, so that a bfloat16 model stays one; without weights
-    there, they keep theirs. Config, tokenizer, chat template and generation config are copied unchanged.
+    there, they keep theirs, as does a tensor that its dtype cannot hold. Config, tokenizer, chat template and
+    generation config are copied unchanged.
 
     Args:
         path: Directory to make; an existing one is replaced.
@@ -257,12 +248,18 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
     partial.mkdir(parents=True)
     _write_tensors(partial, _tensors(params, architecture, _dtypes(model_path, architecture)))
     for source, patterns in ((model_path, _COMPANIONS), (tokenizer_path, TOKENIZER_FILES)):
-        for file in sorted(
-            file for pattern in patterns for file in pathlib.Path(source).glob(pattern) if file.is_file()
-        ):
-            shutil.copyfile(file, partial / file.name)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+        for file in (file for pattern in patterns for file in pathlib.Path(source).glob(pattern) if file.is_file()):
+            copy = partial / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+    if target.exists():  # set aside first, so that there is always a whole one
+        aside = target.with_name(target.name + ".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+        partial.rename(target)
+        shutil.rmtree(aside)
+    else:
+        partial.rename(target)
 
 
 def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:
@@ -281,7 +278,11 @@ def _tensors(params: Params, architecture: Architecture, dtypes: dict[str, Any])
         for layer, tensor in enumerate(stored.tensors):
             value = np.asarray(flat[name][layer] if stored.stacked else flat[name])
             value = np.ascontiguousarray(value.T if tensor.transposed else value)
-            yield tensor.name, value.astype(dtypes.get(tensor.name, value.dtype))
+            dtype = np.dtype(dtypes.get(tensor.name, value.dtype))
+            if np.abs(value).max(initial=0) > float(jnp.finfo(dtype).max):
+                say(f"tensor {tensor.name} is stored in {value.dtype}: it has values beyond {dtype}")
+                dtype = value.dtype
+            yield tensor.name, value.astype(dtype)
 
 
 def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
@@ -290,7 +291,9 @@ def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray
     size = total = 0
 
     def flush() -> None:
-        safetensors.numpy.save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        file = folder / f"part-{len(shards)}"
+        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes it the owner's alone
         shards.append(list(shard))
         shard.clear()
 

@@ -161,7 +161,7 @@ _statistics.defvjp(_forward, _backward)
 def _chunk_logits(hidden, projection, targets, reference, at, chunk) -> _Logits:
     def log_probs(states, projection):
         logits = _product(jax.lax.dynamic_slice_in_dim(states, at, chunk), projection, ((1,), (1,)))
-        return logits - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+        return jax.nn.log_softmax(logits, axis=1)
 
     return _Logits(
         log_probs(hidden, projection),

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+
+from daajax.data.packing import Sizes
+from daajax.data.windows import describe, sweep_windows, training_windows, updates_of
+from daajax.errors import UserError
+from tests.data.test_batches import random_examples, tokenized_data
+
+
+def random_lengths(examples, seed=0):
+    """Unique and scored tokens of examples as preference data have them: log-normal, cut at 1,024."""
+    rng = np.random.default_rng(seed)
+    tokens = np.clip(rng.lognormal(5.5, 0.7, examples), 16, 1024).astype(np.int64)
+    return tokens, (tokens * rng.uniform(0.2, 0.9, examples)).astype(np.int64)
+
+
+def windows_of(examples=101, *, batch_size=8, updates=40, shuffle=True, seed=3, data_seed=0):
+    tokens, scored = random_lengths(examples, data_seed)
+    return training_windows(tokens, scored, batch_size=batch_size, updates=updates, shuffle=shuffle, seed=seed)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("updates", [1, 12, 13, 26, 39])  # 101 examples: 12.6 windows of 8 an epoch
+def test_more_updates_do_not_change_earlier_ones(shuffle, updates):
+    fewer, more = windows_of(updates=updates, shuffle=shuffle), windows_of(updates=40, shuffle=shuffle)
+    np.testing.assert_array_equal(fewer, more[:updates])
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(101, 8), (96, 8), (9, 8), (8, 8), (50, 1)])
+def test_every_epoch_holds_each_example_once_and_epochs_follow_one_another(examples, batch_size):
+    stream = windows_of(examples, batch_size=batch_size, updates=4 * examples // batch_size).reshape(-1)
+    epochs = [stream[start : start + examples] for start in range(0, len(stream), examples)]
+    for epoch in epochs[:-1]:
+        assert sorted(epoch.tolist()) == list(range(examples))
+    assert len(set(epochs[-1].tolist())) == len(epochs[-1])
+
+
+def test_epochs_and_seeds_shuffle_differently_and_one_seed_alike():
+    one = windows_of(updates=24)
+    np.testing.assert_array_equal(one, windows_of(updates=24))
+    assert (one != windows_of(updates=24, seed=4)).mean() > 0.9
+    assert (one.reshape(-1)[:90] != one.reshape(-1)[101:191]).mean() > 0.9
+
+
+def test_shuffling_mixes_the_file_from_one_end_to_the_other():
+    # Half of a window's 16 examples come from either half of the file; 4 to 12 is ± 4 standard deviations over
+    # 64 windows of sampling without replacement.
+    windows = windows_of(1024, batch_size=16, updates=64)
+    first_half = (windows < 512).sum(axis=1)
+    assert first_half.min() > 0
+    assert first_half.max() < 16
+    assert abs(first_half.std() - 2) < 0.7  # sqrt(16 · ¼); 0 or 8 if windows followed the file
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(1600, 64), (1601, 64), (1000, 16), (5403, 64)])
+@pytest.mark.parametrize("data_seed", [0, 1])
+def test_windows_agree_in_tokens_within_one_percent(examples, batch_size, data_seed):
+    tokens, _ = random_lengths(examples, data_seed)
+    updates = 2 * examples // batch_size  # windows that straddle two epochs included
+    windows = windows_of(examples, batch_size=batch_size, updates=updates, data_seed=data_seed)
+    totals = tokens[windows].sum(axis=1)
+    expected = batch_size * tokens.mean()
+    assert totals.max() / totals.min() <= 1.01
+    as_drawn = tokens[np.random.default_rng(0).permutation(examples)[: examples // batch_size * batch_size]]
+    spread = np.abs(as_drawn.reshape(-1, batch_size).sum(axis=1) / expected - 1).max()
+    assert spread > 0.05  # what there was to even out
+
+
+def test_unshuffled_windows_follow_the_file_round_and_round():
+    windows = windows_of(101, updates=40, shuffle=False)
+    np.testing.assert_array_equal(windows.reshape(-1), np.arange(320) % 101)
+
+
+@pytest.mark.parametrize("responses", [1, 2, 3])
+def test_windows_do_not_depend_on_the_layout(responses):
+    data = tokenized_data(random_examples(40, responses=responses, seed=5))
+    orders = []
+    for prefix_sharing in (True, False):
+        sizes = Sizes.of(data, prefix_sharing=prefix_sharing)
+        orders.append(
+            training_windows(sizes.tokens, sizes.scored, batch_size=8, updates=10, shuffle=True, seed=0).tolist()
+        )
+    assert orders[0] == orders[1]
+
+
+def test_fewer_examples_than_an_update_needs_are_refused_in_one_line():
+    with pytest.raises(UserError, match=r"^data has 7 usable examples but batch_size is 8; .*lower batch_size.*$"):
+        windows_of(7, batch_size=8, updates=1)
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(101, 8), (96, 8), (5, 8), (1, 1)])
+def test_a_sweep_visits_every_example_once_and_fills_up_at_the_end(examples, batch_size):
+    tokens, scored = random_lengths(examples)
+    windows = sweep_windows(tokens, scored, batch_size=batch_size)
+    flat = windows.reshape(-1)
+    assert windows.shape == (-(-examples // batch_size), batch_size)
+    assert sorted(flat[:examples].tolist()) == list(range(examples))
+    assert (flat[examples:] == -1).all()
+
+
+def test_full_windows_of_a_sweep_agree_in_tokens_within_one_percent():
+    tokens, scored = random_lengths(1601)
+    windows = sweep_windows(tokens, scored, batch_size=64)
+    totals = tokens[windows[:-1]].sum(axis=1)
+    assert totals.max() / totals.min() <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "examples", "expected"),
+    [
+        (7, None, 101, 7),
+        (None, 1.0, 101, 12),  # ⌊101 / 8⌋
+        (None, 2.0, 101, 25),  # ⌊202 / 8⌋, not 2 · ⌊101 / 8⌋
+        (None, 3.0, 8, 3),
+        (None, 0.5, 101, 6),
+    ],
+)
+def test_a_run_lasts_as_many_updates_as_steps_or_epochs_say(steps, epochs, examples, expected):
+    assert updates_of(steps=steps, epochs=epochs, examples=examples, batch_size=8) == expected
+
+
+@pytest.mark.parametrize("epochs", [None, 0.0, 0.05])
+def test_a_run_without_an_update_is_refused(epochs):
+    with pytest.raises(UserError, match="give no update; raise them or lower batch_size"):
+        updates_of(steps=None, epochs=epochs, examples=101, batch_size=8)
+
+
+def test_what_the_last_epoch_leaves_over_is_said():
+    # 25 · 8 = 200 of 2 · 101 = 202
+    assert describe(25, 8, 101).endswith("1.98 epochs of 101; 2 examples of the last epoch are not used")
+    assert describe(12, 8, 96).endswith("1.00 epochs of 96; 0 examples of the last epoch are not used")

@@ -1,0 +1,300 @@
+"""Families against transformers' own numbers, and what a config.json may and may not say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from daajax import sharding
+from daajax.data.batches import Batches
+from daajax.data.packing import Sizes, pack
+from daajax.data.tokens import Ids, TokenizedData
+from daajax.errors import UserError
+from daajax.models import decoder, weights
+from daajax.models.families import Rope, parameter_count, read_architecture
+from daajax.scoring import Scorer
+from tests.oracle import make_values as oracle
+
+DATA = dict(data=8, fsdp=1, tensor=1)
+FSDP = dict(data=1, fsdp=8, tensor=1)
+TENSOR = dict(data=2, fsdp=2, tensor=2)
+
+
+def tokenized(config):
+    """The oracle's examples as a tokenized data set."""
+    tokens, scored, lengths = [], [], []
+    for prompt, responses, unscored in oracle.examples(config):
+        tokens += [prompt, *responses]
+        scored += [np.zeros(len(prompt), bool), *(np.arange(len(response)) >= unscored for response in responses)]
+        lengths.append([len(prompt), *map(len, responses)])
+    lengths = np.array(lengths, np.int32)
+    return TokenizedData(
+        tokens=np.concatenate(tokens),
+        scored=np.concatenate(scored),
+        starts=np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))]),
+        lengths=lengths,
+        weights=np.ones(len(lengths), np.float32),
+        ids=Ids.of([str(example) for example in range(len(lengths))]),
+        counters={},
+        notices=[],
+        digest="",
+    )
+
+
+def stored(params):
+    """Parameters as the tensors of a model directory."""
+    outer = {"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+    found = {f"{outer[name]}.weight": value for name, value in params.items() if name != "layers"}
+    for name, stack in params["layers"].items():
+        block = "self_attn." if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp."
+        for layer, value in enumerate(stack):
+            found[f"model.layers.{layer}.{'' if name.endswith('norm') else block}{name}.weight"] = value.T
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "packed", "shared", "attention", "remat"),
+    [
+        ("llama2", DATA, True, True, "blockwise", "none"),
+        ("llama31", DATA, True, False, "blockwise", "dots"),
+        ("llama31", FSDP, True, True, "blockwise", "full"),
+        ("llama31", FSDP, False, True, "dense", "dots"),
+        ("head_dim", TENSOR, True, True, "dense", "none"),
+        ("head_dim", FSDP, False, False, "blockwise", "full"),
+    ],
+)
+def test_log_probs_and_gradients_are_those_of_transformers(tmp_path, name, mesh, packed, shared, attention, remat):
+    config, expected = oracle.MODELS[name], oracle.read(name)
+    path = oracle.write_model(tmp_path, config)
+    mesh = sharding.make_mesh(mesh)
+    scorer = Scorer.make(
+        read_architecture(path), mesh, attention=attention, remat=remat, dtype=jnp.float32, param_dtype=jnp.float32
+    )
+    shapes, axes = decoder.abstract_params(scorer.model)
+    params = weights.load(path, scorer.model.architecture, shapes, sharding.param_shardings(mesh, shapes, axes))
+    data = tokenized(config)
+    plan = pack(
+        np.arange(len(data.weights))[None],
+        Sizes.of(data, prefix_sharing=shared),
+        packing=packed,
+        micro_batches=1,
+        row_multiple=sharding.row_multiple(mesh),
+    )
+    batches = Batches(data, plan)
+    (indices,) = batches.token_indices(0)
+    factors = np.zeros(len(data.tokens), np.float32)
+    factors[data.scored] = np.concatenate(oracle.coefficients())
+
+    def weighted(params, batch):
+        logps = scorer.token_logps(params, batch, keys=plan.shape(0).keys)
+        return (logps * batch["factors"]).sum(), logps
+
+    batch = {key: value[0] for key, value in batches[0].items()}
+    batch["factors"] = np.where(indices >= 0, factors[indices], 0)
+    placed = sharding.place(mesh, batch, ("rows",))
+    (_, logps), gradients = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params, placed)
+
+    found = np.full(len(data.tokens), np.nan)
+    found[indices[indices >= 0]] = np.asarray(logps)[indices >= 0]
+    # Float32 against float64, at log-probs of about -6 nats.
+    np.testing.assert_allclose(found[data.scored], np.concatenate(expected["logps"]), rtol=0, atol=1e-4)
+    assert (np.asarray(logps)[indices < 0] == 0).all()
+
+    found = {key: oracle.summarize(key, np.asarray(value)) for key, value in stored(gradients).items()}
+    assert found.keys() == expected["gradients"].keys()
+    for key, gradient in expected["gradients"].items():
+        tolerance = 1e-3 * gradient["norm"]  # a projection moves by the norm of what is wrong
+        assert abs(found[key]["norm"] - gradient["norm"]) <= tolerance, key
+        np.testing.assert_allclose(
+            found[key]["projections"], gradient["projections"], rtol=0, atol=tolerance, err_msg=key
+        )
+        for place, value in gradient["entries"].items():
+            assert abs(found[key]["entries"][place] - value) <= tolerance, (key, place)
+
+
+# ---------------------------------------------------------------------- what a config.json says
+
+LLAMA31 = oracle.MODELS["llama31"]
+SCALING = {key: value for key, value in LLAMA31["rope_parameters"].items() if key != "rope_theta"}
+# meta-llama/Llama-3.1-8B, as published.
+PUBLISHED = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+def described(folder, *changes):
+    """The architecture of a directory whose config.json is the first dict with the others laid over it."""
+    config = {key: value for change in changes for key, value in change.items()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return read_architecture(str(folder))
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def test_the_published_llama_31_config_is_read_as_it_says(tmp_path):
+    architecture = described(tmp_path, PUBLISHED)
+    assert (architecture.num_attention_heads, architecture.num_key_value_heads, architecture.head_dim) == (32, 8, 128)
+    assert architecture.rope == Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert parameter_count(architecture) == 8_030_261_248  # as on its model card
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        # Published sizes: Llama 2 7B, Llama 3.2 1B (tied), Llama 3.1 70B.
+        (dict(vocab_size=32000, intermediate_size=11008, num_key_value_heads=32), 6_738_415_616),
+        (
+            dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True),
+            1_235_814_400,
+        ),
+        (dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64), 70_553_706_496),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(tmp_path, changes, count):
+    assert parameter_count(described(tmp_path, PUBLISHED, changes)) == count
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_theta=500000.0, rope_scaling=SCALING),
+        dict(rope_theta=500000.0, rope_scaling=without(SCALING, "rope_type") | {"type": "llama3"}),
+        dict(rope_theta=500000.0, rope_scaling=SCALING | {"type": "llama3"}),
+        dict(rope_theta=500000, rope_scaling=SCALING | {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}),
+        dict(rope_theta=500000.0, rope_parameters=SCALING),
+        dict(rope_parameters=LLAMA31["rope_parameters"], rope_scaling=None, rope_theta=None),
+    ],
+)
+def test_rope_in_the_old_style_is_read_as_rope_parameters(tmp_path, rope):
+    expected = described(tmp_path, LLAMA31)
+    assert described(tmp_path, without(LLAMA31, "rope_parameters"), rope) == expected
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        dict(rope_theta=10000.0),
+        dict(rope_theta=10000, rope_scaling=None),
+        dict(rope_scaling={"rope_type": "default"}),
+        dict(rope_parameters={"type": "default", "rope_theta": 10000}),
+    ],
+)
+def test_rope_without_scaling_is_the_default(tmp_path, rope):
+    assert described(tmp_path, without(LLAMA31, "rope_parameters"), rope).rope == Rope(10000.0)
+
+
+def test_what_a_config_leaves_out_has_the_defaults_of_transformers(tmp_path):
+    sizes = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    architecture = described(tmp_path, {key: LLAMA31[key] for key in sizes})
+    assert (architecture.num_key_value_heads, architecture.head_dim) == (4, 8)
+    assert (architecture.rms_norm_eps, architecture.max_position_embeddings) == (1e-6, 2048)
+    assert (architecture.tie_word_embeddings, architecture.initializer_range) == (False, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(model_type="mistral"), ["'mistral' is not supported", "llama"]),
+        (dict(model_type=["llama"]), ["model_type ['llama'] is not supported"]),
+        (dict(sliding_window=128), ["sliding_window", "not known"]),
+        (dict(quantization_config={"bits": 4}), ["quantization_config", "not known"]),
+        (dict(attention_bias=True), ["attention_bias=True is not supported"]),
+        (dict(mlp_bias=True), ["mlp_bias=True is not supported"]),
+        (dict(hidden_act="gelu"), ["hidden_act='gelu' is not supported, only 'silu'"]),
+        (dict(num_key_value_heads=3), ["num_attention_heads=4", "num_key_value_heads=3"]),
+        (dict(hidden_size="32"), ["hidden_size is '32'; a positive integer is needed"]),
+        (dict(num_hidden_layers=0), ["num_hidden_layers is 0"]),
+        (dict(vocab_size=None), ["vocab_size is None"]),
+        (dict(vocab_size=True), ["vocab_size is True"]),
+        (dict(head_dim=7), ["head_dim=7", "even"]),
+        (dict(rms_norm_eps="small"), ["rms_norm_eps is 'small'; a positive number is needed"]),
+        (dict(rms_norm_eps=[1e-6]), ["rms_norm_eps is [1e-06]"]),
+        (dict(tie_word_embeddings="false"), ["tie_word_embeddings is 'false'; true or false is needed"]),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["rope_type 'yarn' is not supported"]),
+        (dict(rope_parameters={"rope_type": ["llama3"]}), ["rope_type ['llama3'] is not supported"]),
+        (dict(rope_parameters=without(LLAMA31["rope_parameters"], "factor")), ["missing or extra", "'factor'"]),
+        (dict(rope_parameters=LLAMA31["rope_parameters"] | {"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
+        (dict(rope_parameters="llama3"), ["rope_parameters is 'llama3'"]),
+        (dict(rope_parameters=LLAMA31["rope_parameters"] | {"factor": "8"}), ["factor is '8'", "number"]),
+        (dict(rope_parameters=LLAMA31["rope_parameters"] | {"rope_theta": None}), ["rope_theta is None"]),
+        (
+            dict(rope_parameters=LLAMA31["rope_parameters"] | {"original_max_position_embeddings": 0.5}),
+            ["original_max_position_embeddings is 0.5", "integer"],
+        ),
+        (
+            dict(rope_parameters=LLAMA31["rope_parameters"] | {"high_freq_factor": 1.0}),
+            ["high_freq_factor", "low_freq_factor"],
+        ),
+    ],
+)
+def test_a_config_that_asks_for_something_else_is_refused_in_one_line(tmp_path, changes, words):
+    with pytest.raises(UserError) as error:
+        described(tmp_path, LLAMA31, changes)
+    for word in [str(tmp_path / "config.json"), *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (None, "has no config.json"),
+        (b"", "not a model's config.json"),
+        (b'{"model_type": "llama",', "not a model's config.json"),
+        (b"[]", "not a model's config.json"),
+        (b"{}", "model_type"),
+        (b"\xff\xfe{}", "not a model's config.json"),
+        (b'{"model_type": "llama"}', "num_attention_heads is None"),
+    ],
+)
+def test_a_broken_or_missing_config_is_refused_in_one_line(tmp_path, text, word):
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(UserError) as error:
+        read_architecture(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "meta-llama/Llama-3.1-8B"])
+def test_a_path_that_is_no_directory_is_refused_with_the_way_to_get_one(tmp_path, monkeypatch, name):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"is not a directory; .* hf download") as error:
+        read_architecture(name)
+    assert repr(name) in str(error.value)

@@ -1,0 +1,147 @@
+"""Runs that learn: held-out accuracy, real preferences end to end, and the exported model in another program."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from daajax import run, sharding
+from daajax.config import losses
+from daajax.data.packing import Sizes
+from daajax.data.windows import sweep_windows
+from daajax.losses.objectives import bind
+from daajax.models.families import read_architecture
+from daajax.reference import examples_of, responses_of
+from tests import worlds
+
+
+def summed_logps(model, data, cache, *arguments, limit=None):
+    """Log-probs of every response of a file under a model directory, `[examples, K]`, by the reference pass."""
+    limited = () if limit is None else (f"--config.data.limit={limit}",)
+    flags = (
+        f"--config.model.path={model}",
+        f"--config.data.path={data}",
+        f"--config.data.cache_dir={cache}",
+        f"--config.reference.cache_dir={cache}",
+        *limited,
+        *arguments,
+    )
+    with worlds.visible(1):
+        config, _ = worlds.parse(*flags, recipe=f"{worlds.STORIES}:learn")
+        architecture = read_architecture(config.model.path)
+        mesh = sharding.make_mesh(config.mesh.to_dict())
+        found = run.load_data(config, architecture, bind(losses(config)))
+        sizes = Sizes.of(found, prefix_sharing=True)
+        windows = sweep_windows(sizes.tokens, sizes.scored, batch_size=config.batch_size)
+        plan = run.pack(config, windows, sizes, mesh, found.ids)
+        scorer = run.make_scorer(config, architecture, mesh)
+        params, _ = run.load_params(config.model.path, scorer, mesh)
+        tokens = run.load_reference(config, found, plan, scorer, params, mesh).logps
+    assert len(examples_of(plan)) == len(found.weights)
+    return np.array(
+        [[tokens[response.tokens].sum() for response in responses_of(found, n)] for n in range(len(found.weights))]
+    )
+
+
+def accuracy(trained, initial):
+    """Share of pairs whose chosen response gained more than its rejected one."""
+    ratios = trained - initial
+    return float((ratios[:, 0] > ratios[:, 1]).mean())
+
+
+def test_a_small_model_learns_its_pairs(tmp_path):
+    # Every chosen response ends in "happy", every rejected one in "sad": what a few updates can pick up.
+    rows = worlds.pairs(64)
+    for row in rows:
+        row["chosen"] += " happy"
+        row["rejected"] += " sad"
+    train = worlds.write_rows(tmp_path / "train.jsonl", rows[:48])
+    held_out = worlds.write_rows(tmp_path / "test.jsonl", rows[48:])
+    world = worlds.World(tmp_path, worlds.make_model(tmp_path / "model"), train)
+    history = worlds.train(tmp_path / "run", *world.flags, "--config.steps=18", "--config.optimizer.learning_rate=3e-3")
+    assert history[-1]["loss"] < 0.6
+    initial, trained = (
+        summed_logps(model, held_out, tmp_path / "cache", "--config.max_length=128")
+        for model in (world.model, tmp_path / "run" / "model")
+    )
+    assert accuracy(trained, initial) >= 0.9
+
+
+@pytest.fixture(scope="module")
+def learned(assets, tmp_path_factory):
+    """The run of `configs/stories.py:learn`."""
+    folder = tmp_path_factory.mktemp("learned")
+    caches = [f"--config.{name}.cache_dir={folder / 'cache'}" for name in ("data", "reference")]
+    history = worlds.train(folder / "run", *caches, recipe=f"{worlds.STORIES}:learn")
+    return folder, history
+
+
+@pytest.mark.slow
+def test_held_out_accuracy_rises_from_chance_to_four_fifths(assets, learned):
+    folder, history = learned
+    held_out = assets / "data" / "stories_sentiment.test.jsonl.gz"
+    initial, trained = (
+        summed_logps(model, held_out, folder / "cache") for model in (assets / "tiny_model", folder / "run" / "model")
+    )
+    before = float((initial[:, 0] > initial[:, 1]).mean())  # log-ratios of the initial model are all 0
+    after = accuracy(trained, initial)
+    sys.stdout.write(f"held-out accuracy {after:.3f} of {len(initial)} pairs; by log-probs before {before:.3f}\n")
+    assert len(history) == 150
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert before < 0.6
+    assert after >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+def test_the_exported_model_scores_in_transformers_as_here(assets, learned):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder, _ = learned
+    model = folder / "run" / "model"
+    file = assets / "data" / "stories_sentiment.test.jsonl.gz"
+    ours = summed_logps(model, file, folder / "cache", limit=64)
+
+    from daajax.data.token_cache import tokenized
+
+    data = tokenized("jsonl", file, model, max_length=512, limit=64)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    expected = []
+    for n, (prompt, *lengths) in enumerate(data.lengths.tolist()):
+        begin, at = int(data.starts[n]), int(data.starts[n]) + prompt
+        for length in lengths:
+            ids = np.concatenate([data.tokens[begin : begin + prompt], data.tokens[at : at + length]])
+            at += length
+            tokens = torch.tensor(ids, dtype=torch.int64)
+            with torch.no_grad():
+                logps = theirs(tokens[None]).logits[0].log_softmax(-1)
+            picked = logps[:-1].gather(1, tokens[1:, None])[prompt - 1 :]
+            expected.append(float(picked.sum()))
+    deviation = np.abs(ours.ravel() - np.array(expected)).max()
+    sys.stdout.write(f"largest deviation from transformers: {deviation:.1e} nats\n")
+    assert deviation < 1e-3
+
+
+@pytest.mark.slow
+def test_a_thousand_helpful_pairs_run_end_to_end(assets, tmp_path):
+    arguments = [
+        "--config=configs/stories.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={assets / 'data' / 'hh_helpful.train.jsonl.gz'}",
+        "--config.data.limit=1000",
+        "--config.data.shuffle=True",
+        "--config.batch_size=50",
+        "--config.steps=20",
+        *(f"--config.{name}.cache_dir={tmp_path / name}" for name in ("data", "reference")),
+    ]
+    result = worlds.command("train", *arguments, timeout=900, JAX_NUM_CPU_DEVICES="1", DAAJAX_ASSETS=str(assets))
+    assert result.returncode == 0, result.stderr
+    sys.stdout.write(result.stdout)
+    history = worlds.read_metrics(tmp_path / "run")
+    assert len(history) == 20
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(math.isfinite(value) for values in history for value in values.values())
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "llama"
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -1,0 +1,127 @@
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from daajax import metrics
+from daajax.losses.objectives import Losses
+from daajax.losses.scores import Responses
+
+
+def examples(count=6, responses=2, seed=0):
+    """Log-probs and rewards; every second example is a slot without one, full of what must not be logged."""
+    rng = np.random.default_rng(seed)
+    logps, ratios, rewards = rng.normal(size=(3, count, responses)).astype(np.float32)
+    lengths = rng.integers(1, 9, (count, responses)).astype(np.int32)
+    real = np.arange(count) % 2 == 0
+    for array in (logps, ratios, rewards):
+        array[~real] = np.nan
+    return real, logps, ratios, rewards, lengths
+
+
+def logged(real, logps, ratios, rewards, lengths, *, results=None, count=None):
+    if results is None:
+        losses = jnp.zeros(len(real))
+        results = [("dpo", jnp.float32(0.5), Losses(losses, None if rewards is None else jnp.asarray(rewards), {}))]
+    responses = Responses(jnp.asarray(logps), None if ratios is None else jnp.asarray(ratios), jnp.asarray(lengths))
+    count = real.sum() if count is None else count
+    return metrics.of_examples(jnp.float32(0.5), results, responses, jnp.asarray(real), jnp.float32(count))
+
+
+def test_pairs_log_means_over_examples_and_the_largest_log_ratio():
+    real, logps, ratios, rewards, lengths = examples()
+    found = logged(real, logps, ratios, rewards, lengths).values()
+    (c, r), (qc, qr), (uc, ur) = (x[real].astype(np.float64).T for x in (logps, ratios, rewards))
+    wanted = {
+        "loss": 0.5,
+        "logps/chosen": c.mean(),
+        "logps/rejected": r.mean(),
+        "rewards/chosen": uc.mean(),
+        "rewards/rejected": ur.mean(),
+        "rewards/margins": (uc - ur).mean(),
+        "rewards/accuracies": (uc > ur).mean(),
+        "displacement/chosen": qc.mean(),
+        "displacement/rejected": qr.mean(),
+        "displacement/chosen_fell": (qc < 0).mean(),
+        "log_ratios/largest": np.abs(ratios[real]).max(),
+        "log_ratios/largest_per_sqrt_token": (np.abs(ratios[real]) / np.sqrt(lengths[real])).max(),
+    }
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(wanted, rel=1e-6)
+    assert {value.shape for value in found.values()} == {()}
+
+
+def test_parts_combine_to_the_whole():
+    whole = examples(12)
+    parts = [[x[start : start + 4] for x in whole] for start in (0, 4, 8)]
+    each = [logged(*part, count=6) for part in parts]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    found, wanted = stacked.combined().values(), logged(*whole).values()
+    assert float(found.pop("loss")) == 3 * float(wanted.pop("loss"))  # shares of it, which add up
+    assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in wanted.items()}, rel=1e-6)
+
+
+@pytest.mark.parametrize("responses", [1, 3])
+def test_without_pairs_nothing_is_said_of_rejected_ones(responses):
+    found = logged(*examples(responses=responses)).values()
+    assert not [name for name in found if "rejected" in name or name.startswith("rewards/")]
+    assert {"loss", "logps/chosen", "displacement/chosen"} <= set(found)
+
+
+def test_without_a_reference_nothing_is_said_of_log_ratios():
+    real, logps, _, _, lengths = examples()
+    assert set(logged(real, logps, None, None, lengths).values()) == {"loss", "logps/chosen", "logps/rejected"}
+
+
+def test_a_tie_is_no_accuracy():
+    rewards = np.zeros((2, 2), np.float32)
+    found = logged(np.ones(2, bool), rewards, rewards, rewards, np.ones((2, 2), np.int32)).values()
+    assert float(found["rewards/accuracies"]) == 0
+
+
+def test_several_terms_are_logged_by_name_with_the_rewards_of_the_first_that_has_any():
+    real, logps, ratios, rewards, lengths = examples()
+    blank = jnp.zeros(6)
+    results = [
+        ("sft", jnp.float32(0.2), Losses(blank, None, {})),
+        ("dpo", jnp.float32(0.3), Losses(blank, jnp.asarray(rewards), {"gradient_weight": jnp.asarray(rewards[:, 0])})),
+        ("simpo", jnp.float32(0.4), Losses(blank, jnp.ones((6, 2)), {})),
+    ]
+    found = logged(real, logps, ratios, None, lengths, results=results).values()
+    assert [float(found[f"loss/{name}"]) for name in ("sft", "dpo", "simpo")] == pytest.approx([0.2, 0.3, 0.4])
+    assert float(found["rewards/chosen"]) == pytest.approx(rewards[real, 0].mean(), rel=1e-6)
+    assert float(found["gradient_weight"]) == pytest.approx(rewards[real, 0].mean(), rel=1e-6)
+
+
+WRITTEN = {1: {"loss": 0.1 + 0.2, "rewards/margins": -1e-9}, 2: {"loss": math.pi}}
+
+
+def test_lines_can_be_read_at_once_and_those_of_a_later_writer_follow(tmp_path):
+    for step, values in WRITTEN.items():
+        writer = metrics.Writer(tmp_path)
+        writer.write(step, values)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1]) == {"step": step, **values}  # before it is closed
+        writer.close()
+    assert len(lines) == 2
+
+
+def test_events_hold_the_same_numbers(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    for step, values in WRITTEN.items():
+        writer.write(step, values)
+    writer.close()
+    events = {}
+    for file in (tmp_path / "tensorboard").iterdir():
+        content = file.read_bytes()
+        while content:  # length, its checksum, an event, its checksum
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            events.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
+            content = content[16 + size :]
+    assert events == pytest.approx(
+        {(step, name): value for step, values in WRITTEN.items() for name, value in values.items()}, rel=1e-6
+    )
