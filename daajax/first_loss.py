@@ -19,8 +19,8 @@ from daajax.losses.objectives import Term
 from daajax.run import Reference
 from daajax.scoring import Batch
 
-# By compute dtype: the metric that is bounded, and its bound in nats; rounding to bfloat16 grows with the square root
-# of the length.
+# By compute dtype: the metric that is bounded, and its bound in nats. Rounding to bfloat16 grows with the square root of
+# the length: two layouts of one model differ by up to 0.06, transformers in bfloat16 from float64 by up to 0.11.
 _BOUNDS = {
     "float32": ("log_ratios/largest", 1e-3),
     "bfloat16": ("log_ratios/largest_per_sqrt_token", 0.1),

@@ -268,7 +268,7 @@ def test_a_mesh_that_does_not_fit(refused, overrides, says):
 def test_a_mesh_that_does_not_divide_a_parameter(refused, tmp_path):
     model = worlds.make_model(tmp_path / "model", vocab_size=131)
     line = refused(f"--config.model.path={model}", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", devices=8)
-    assert "parameter embed_tokens: its axis 'vocab' of size 131 does not divide over 2 devices" in line
+    assert all(part in line for part in ("embed_tokens", "'vocab'", "131", "divide over 2 devices", "'tensor'"))
 
 
 def test_a_mesh_that_does_not_divide_the_heads(refused):
