@@ -19,7 +19,8 @@ import numpy as np
 
 from benchmarks.preferences import MIXES, make_data
 from daajax.data.batches import Batches
-from daajax.data.packing import Sizes, pack
+from daajax.data.packing import pack
+from daajax.data.sizes import Sizes
 from daajax.data.windows import training_windows
 from daajax.ops import attention
 
@@ -36,7 +37,7 @@ def measure(mix: str, pairs: int, heads: int, kv_heads: int, head_dim: int, repe
     """Rows of the table for one mix of lengths."""
     data = make_data(mix, examples=pairs, seed=0)
     sizes = Sizes.of(data, prefix_sharing=True)
-    windows = training_windows(sizes.tokens, sizes.scored, batch_size=pairs, updates=1, shuffle=False, seed=0)
+    windows = training_windows(sizes, batch_size=pairs, updates=1, shuffle=False, seed=0)
     plan = pack(windows, sizes, packing=True, micro_batches=1, row_multiple=1)
     batch = {name: jnp.asarray(value[0]) for name, value in Batches(data, plan)[0].items()}
     shape = plan.shape(0)

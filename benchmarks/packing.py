@@ -13,7 +13,8 @@ import time
 import numpy as np
 
 from benchmarks.preferences import MIXES, make_data
-from daajax.data.packing import Sizes, pack
+from daajax.data.packing import pack
+from daajax.data.sizes import Sizes
 from daajax.data.windows import training_windows
 
 
@@ -32,8 +33,7 @@ def main() -> None:
             batch_size = pairs * arguments.rows
             began = time.perf_counter()
             windows = training_windows(
-                sizes.tokens,
-                sizes.scored,
+                sizes,
                 batch_size=batch_size,
                 updates=arguments.examples // batch_size,
                 shuffle=True,

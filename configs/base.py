@@ -38,9 +38,8 @@ def get_config() -> Any:
     config.model.path = optional_text()  # a Hugging Face model directory; required
     config.model.random_init = False  # True: only its architecture, weights drawn from the seed
     config.model.dtype = "bfloat16"  # compute dtype: bfloat16 or float32
-    config.model.param_dtype = (
-        "float32"  # dtype of the trained parameters; bfloat16 does not move at DPO's learning rates
-    )
+    # dtype of the trained parameters; bfloat16 does not move at DPO's learning rates
+    config.model.param_dtype = "float32"
 
     config.tokenizer = config_dict.ConfigDict()
     config.tokenizer.path = optional_text()  # directory of the tokenizer; None: model.path
@@ -58,9 +57,8 @@ def get_config() -> Any:
     config.data.cache_dir = "~/.cache/daajax/tokens"  # tokenized data; None: not kept
 
     config.max_length = 2048  # tokens of prompt and one response together
-    config.max_prompt_length = (
-        optional_int()
-    )  # last tokens kept of a longer prompt, beside BOS; None: the prompt is not cut
+    # last tokens kept of a longer prompt, beside BOS; None: the prompt is not cut
+    config.max_prompt_length = optional_int()
     config.batch_size = 64  # examples an update, on all devices together
     config.micro_batches = 1  # parts an update is computed in; more of them need less memory, the numbers stay the same
     config.steps = optional_int()  # updates; set this or epochs
@@ -70,16 +68,16 @@ def get_config() -> Any:
     config.packing.enabled = True  # several examples a row; False: one
     config.packing.prefix_sharing = True  # an example's prompt lies in its row once; False: once a response
     config.packing.rows = optional_int()  # rows of a micro-batch; None: as few as the mesh or row_length allows
-    config.packing.row_length = optional_int()  # tokens, a multiple of 128; None: the smallest that holds every update
+    # tokens, a multiple of 128 (in a recipe as text too, "2048"); auto: the smallest that holds every update
+    config.packing.row_length = "auto"
     config.packing.shapes = 1  # row lengths that updates may be sorted into; each compiles once
 
     config.loss = loss("dpo")  # objective and hyper-parameters: daajax/losses/objectives.py
     config.extra_losses = ()  # further ones to add: ({'name': 'sft', 'weight': 0.2},)
 
     config.reference = config_dict.ConfigDict()
-    config.reference.mode = (
-        "snapshot"  # snapshot: the initial policy; path: another model; none: the loss reads no reference
-    )
+    # snapshot: the initial policy; path: another model; none: the loss reads no reference
+    config.reference.mode = "snapshot"
     config.reference.path = optional_text()  # model directory for mode path
     config.reference.cache_dir = "~/.cache/daajax/reference"  # reference log-probs, shared by every run
 
@@ -89,9 +87,9 @@ def get_config() -> Any:
     config.optimizer.schedule = "linear"  # after warm-up, down to the last update: constant, linear, cosine
     config.optimizer.warmup_steps = 0  # updates of linear warm-up; the first one's rate is not 0
     config.optimizer.weight_decay = optional_float()  # of matrices, not of norms; None: 0 (adamw, adafactor, lion)
-    config.optimizer.b1 = optional_float()  # momentum; None: the optimizer's default (adamw, lion, sgd)
-    config.optimizer.b2 = optional_float()  # decay of squares; None: the optimizer's default (all but sgd)
-    config.optimizer.eps = optional_float()  # None: the optimizer's default (adamw, rmsprop, adafactor)
+    config.optimizer.b1 = optional_float()  # momentum, in [0, 1); None: the optimizer's default (adamw, lion, sgd)
+    config.optimizer.b2 = optional_float()  # decay of squares, in [0, 1); None: the optimizer's default (all but sgd)
+    config.optimizer.eps = optional_float()  # > 0; None: the optimizer's default (adamw, rmsprop, adafactor)
     config.optimizer.max_grad_norm = optional_float()  # global norm that gradients are clipped to; None: not clipped
 
     config.mesh = config_dict.ConfigDict()  # devices on each axis; -1 on one of them takes the rest
@@ -105,7 +103,6 @@ def get_config() -> Any:
 
     config.log = config_dict.ConfigDict()
     config.log.every = 10  # updates
-    config.check_first_loss = (
-        True  # stop if policy and reference disagree on the first update of a run where they are the same
-    )
+    # stop if policy and reference disagree on the first update of a run where they are the same
+    config.check_first_loss = True
     return config.lock()

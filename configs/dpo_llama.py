@@ -4,10 +4,12 @@
     python -m daajax.train --config=configs/dpo_llama.py --config.data.path=pairs.jsonl.gz
     python -m daajax.train --config=configs/dpo_llama.py:simpo --config.data.path=pairs.jsonl.gz
 
-DPO with beta 0.1, batches of 64 and a peak learning rate of 5e-7, one epoch with 10 % of 1,000 updates as warm-up: the
-settings of the DPO paper's repository and of Zephyr and Tülu 3, in AdamW. SimPO's are its authors' for
-Llama-3-Instruct (beta 2.5, gamma / beta
-0.55, learning rate 1e-6, batches of 128). A pair is a line such as
+DPO with beta 0.1, batches of 64, a learning rate of 5e-7 and one epoch, as the DPO paper's repository
+(eric-mitchell/direct-preference-optimization) sets them. Unlike there: AdamW in place of RMSprop; the rate falls
+linearly from the first update, where theirs rises for 150 and stays: an epoch of few pairs is not that long (with many,
+set optimizer.warmup_steps); gradients are clipped to 1 in place of 10, sequences to 2,048 tokens in place of 512.
+SimPO has its authors' settings for Llama-3-Instruct (beta 2.5, gamma / beta 0.55, learning rate 1e-6, cosine, batches
+of 128), but no warm-up in place of a tenth of the run. A pair is a line such as
 
     {"prompt": [{"role": "user", "content": "…"}], "chosen": "…", "rejected": "…"}
 
@@ -32,7 +34,8 @@ def get_config(objective: str = "dpo") -> Any:
     config.batch_size = 64
     config.epochs = 1.0
     config.optimizer.learning_rate = 5e-7
-    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "linear"
+    config.optimizer.warmup_steps = 0
     config.optimizer.max_grad_norm = 1.0
     config.remat = "full"
     if objective == "simpo":

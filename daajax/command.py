@@ -1,11 +1,17 @@
 """The command line: `--config=RECIPE[:ARGUMENT] [--workdir=DIR] [--config.key=value …]`, and how a command ends."""
 
+import difflib
+import io
 import pathlib
+import re
+import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from daajax.config import Config, resolve
 from daajax.errors import UserError
@@ -15,13 +21,16 @@ Every option with its meaning is in configs/base.py."""
 
 
 def run(main: Callable[[Config, str], None], name: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a command and ends the process: 0 done, 1 a clear error in one line, 2 wrong usage of Python itself never.
+    """Runs a command and ends the process: exit code 0 done, 1 a clear error, 130 stopped from the keyboard.
 
     Args:
         main: Takes the resolved config and the run's folder.
         name: Of the command.
         argv: Arguments; None takes the process's.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     arguments = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "-help"} & set(arguments):
         sys.stdout.write(_USAGE.format(name=name) + "\n")
@@ -44,60 +53,97 @@ def parse(argv: Sequence[str], name: str) -> tuple[Config, str]:
     Raises:
         UserError: If anything on the line is not understood.
     """
-    unset = [a.partition("=")[0] for a in argv if a.startswith("--config.") and a.endswith("=None")]
-    overrides = [a for a in argv if a.partition("=")[0] not in unset]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Recipe.", flag_values=values, sys_argv=overrides)
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    recipe = _recipe(argv)
+    recipe, argv = _recipe(argv)
     if not recipe:
         raise UserError(
             f"no recipe: python -m daajax.{name} --config=configs/dpo_llama.py [--workdir=DIR] [--config.key=value …]"
         )
     file, _, argument = recipe.partition(":")
-    if not pathlib.Path(file).is_file():
-        raise UserError(
-            f"--config={file}: there is no such file; recipes are in configs/, run from the repository's folder."
-        )
+    config = _load(file, argument)
+    for option in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", a) for a in argv)):
+        _place(config, option[1])
+    unset = [a.partition("=")[0] for a in argv if a.startswith("--config.") and a.endswith("=None")]
+    argv = [a for a in argv if a.partition("=")[0] not in unset]
+    values = flags.FlagValues()
     try:
-        rest = values(overrides)
-        config = values.config
-        for option in unset:
-            _unset(config, option.removeprefix("--config."))
-    except flags.Error as error:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        rest = values(argv)
+    except Exception as error:  # from another library, of several kinds: whatever it is, the line is at fault
         raise UserError(_one_line(error)) from None
-    except UserError:
-        raise
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"there is no such option: {_one_line(error)}; configs/base.py has them all.") from None
-    except Exception as error:  # a recipe is a program: whatever it raises is the recipe's
-        raise UserError(f"{recipe}: {type(error).__name__}: {_one_line(error)}") from None
+    for option in unset:
+        folder, key = _place(config, option.removeprefix("--config."))
+        if isinstance(folder[key], config_dict.ConfigDict):
+            raise UserError(f"{option}=None unsets several options; unset them one by one.")
+        folder[key] = None  # a flag of the option's type would refuse it
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not understood; options look like --config.key=value.")
     stem = pathlib.Path(file).stem + (f"-{argument.replace('/', '_')}" if argument else "")
     return resolve(config), values.workdir or str(pathlib.Path("runs") / stem)
 
 
-def _unset(config: Config, name: str) -> None:
-    """Sets an option to None, which a flag of its type would refuse."""
-    *folders, last = name.split(".")
-    for folder in folders:
-        config = config[folder]
-    config[last]  # raises where there is no such option
-    config[last] = None
-
-
-def _recipe(argv: Sequence[str]) -> str:
-    """What `--config` names, `--config=RECIPE` or `--config RECIPE`; empty if it is not there."""
-    for index, argument in enumerate(argv):
-        name, _, value = argument.partition("=")
+def _recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """What `--config` names, `--config=RECIPE` or `--config RECIPE`, empty if it is not there; the other arguments."""
+    recipe, others = "", []
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
         if name in ("--config", "-config"):
-            return value or next(iter(argv[index + 1 : index + 2]), "")
-    return ""
+            recipe = value or ("" if "=" in word else next(words, ""))
+        else:
+            others.append(word)
+    return recipe, others
 
 
-def _one_line(error: BaseException) -> str:
-    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").strip("\"' ")
-    if "Traceback (most recent call last)" in text:  # of a recipe; its last line says what is wrong
-        text = text.strip().splitlines()[-1]
+def _load(file: str, argument: str) -> Config:
+    """Runs a recipe's `get_config`."""
+    if not pathlib.Path(file).is_file():
+        raise UserError(
+            f"--config={file}: there is no such file; recipes are in configs/, run from the repository's folder."
+        )
+    try:
+        recipe = runpy.run_path(file)
+        if "get_config" not in recipe:
+            raise UserError(f"{file} defines no get_config(); a recipe does, as configs/stories.py shows.")
+        config = recipe["get_config"](*[argument] if argument else [])
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is a program: whatever it raises is the recipe's
+        where = ":".join([file, *_line(error, file)])
+        raise UserError(f"{where}: {type(error).__name__}: {_one_line(error)}") from None
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f"{file}: get_config() returns a {type(config).__name__}; it must return base.get_config(), changed."
+        )
+    return config
+
+
+def _line(error: Exception, file: str) -> list[str]:
+    """Number of the recipe's line that an error comes from, if it is one of its lines."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return [str(error.lineno)]
+    return [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file][-1:]
+
+
+def _place(config: Config, option: str) -> tuple[Config, str]:
+    """The dict that an option lies in, and its key there."""
+    folder, path = config, "config"
+    value: Any = config
+    for key in option.split("."):
+        folder = value
+        known = list(folder) if isinstance(folder, config_dict.ConfigDict) else []
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            there = f"did you mean {path}.{close[0]}?" if close else f"{path} has {', '.join(known) or 'no keys'}."
+            raise UserError(f"config.{option} is not an option; {there}")
+        path, value = f"{path}.{key}", folder[key]
+    return folder, option.rpartition(".")[2]
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, without what ml_collections adds to it: the whole config."""
+    text: Any = error.msg if isinstance(error, SyntaxError) else error
+    while isinstance(text, AttributeError | KeyError) and text.args:  # the second would say it in quotes
+        text = text.args[0]
+    text = re.sub(r"Other fields present: .*?(?=Did you mean |$)", "", str(text), flags=re.DOTALL)
     return " ".join(text.split())

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 from ml_collections import config_dict
 
 from configs import base
+from daajax.data.packing import parse_row_length
 from daajax.data.sources import SOURCES
+from daajax.data.tokenization import SCORES, TRUNCATIONS
 from daajax.errors import UserError
 from daajax.losses.objectives import bind
 from daajax.models.decoder import REMAT
@@ -20,11 +22,30 @@ Config = Any  # a ConfigDict with the keys of configs/base.py; it types none of 
 DTYPES = ("float32", "bfloat16")
 REFERENCE_MODES = ("snapshot", "path", "none")
 
+
+class _Range(NamedTuple):
+    """Finite numbers from `low` to below `high`; `low` is among them unless the range is open."""
+
+    low: int
+    high: float | int = math.inf
+    is_open: bool = False
+
+    def holds(self, value: float | int) -> bool:
+        return (self.low < value if self.is_open else self.low <= value) and value < self.high
+
+    def words(self, value: float | int) -> str:
+        """What is needed, for the message that refuses `value`."""
+        words = f"{'above' if self.is_open else 'at least'} {self.low:g}"
+        if self.high < math.inf:
+            return f"{words} and below {self.high:g}"
+        return words if math.isfinite(value) else f"{words} and finite"
+
+
 _CHOICES = {
     "attention": ("auto", *ATTENTION),
-    "chat.score": ("last", "all"),
+    "chat.score": SCORES,
     "data.name": tuple(SOURCES),
-    "data.truncation": ("truncate", "drop"),
+    "data.truncation": TRUNCATIONS,
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "optimizer.name": tuple(OPTIMIZERS),
@@ -32,23 +53,26 @@ _CHOICES = {
     "reference.mode": REFERENCE_MODES,
     "remat": tuple(REMAT),
 }
-_AT_LEAST = {
-    "batch_size": 1,
-    "data.limit": 1,
-    "data.max_bad_rows": 0,
-    "log.every": 1,
-    "max_length": 2,
-    "max_prompt_length": 1,
-    "micro_batches": 1,
-    "optimizer.learning_rate": 0.0,
-    "optimizer.max_grad_norm": 0.0,
-    "optimizer.warmup_steps": 0,
-    "optimizer.weight_decay": 0.0,
-    "packing.rows": 1,
-    "packing.row_length": 128,
-    "packing.shapes": 1,
-    "seed": 0,
-    "steps": 1,
+_RANGES = {
+    "batch_size": _Range(1),
+    "data.limit": _Range(1),
+    "data.max_bad_rows": _Range(0),
+    "epochs": _Range(0, is_open=True),
+    "log.every": _Range(1),
+    "max_length": _Range(2),
+    "max_prompt_length": _Range(1),
+    "micro_batches": _Range(1),
+    "optimizer.b1": _Range(0, 1),
+    "optimizer.b2": _Range(0, 1),
+    "optimizer.eps": _Range(0, is_open=True),
+    "optimizer.learning_rate": _Range(0),
+    "optimizer.max_grad_norm": _Range(0, is_open=True),
+    "optimizer.warmup_steps": _Range(0),
+    "optimizer.weight_decay": _Range(0),
+    "packing.rows": _Range(1),
+    "packing.shapes": _Range(1),
+    "seed": _Range(0),
+    "steps": _Range(1),
 }
 _REQUIRED = ("model.path", "data.path")
 _CAN_BE_NONE = ("data.cache_dir",)  # besides those whose default is None
@@ -56,7 +80,7 @@ _FREE = ("loss", "extra_losses")  # their keys are an objective's; `bind` checks
 
 
 def resolve(config: Config) -> Config:
-    """Checks a config and locks it again, since a dict that replaced another one is not locked.
+    """Checks a config and locks all of it, also a dict that replaced another one.
 
     Raises:
         UserError: If a key is unknown or missing, or a value is out of place.
@@ -70,13 +94,16 @@ def resolve(config: Config) -> Config:
     for name, value in found.items():
         if value is None and (name in _REQUIRED or (known[name] is not None and name not in _CAN_BE_NONE)):
             raise UserError(f"config.{name} is not set; set it with --config.{name}=… .")
+        if value == "":
+            raise UserError(f"config.{name} is empty; give it a value, or None where it can do without.")
     for name, choices in _CHOICES.items():
         if found[name] not in choices:
             raise UserError(f"config.{name}={found[name]!r} is unknown; there are {', '.join(choices)}.")
-    for name, least in _AT_LEAST.items():
+    for name, allowed in _RANGES.items():
         value = found[name]
-        if value is not None and not (value >= least and math.isfinite(value)):
-            raise UserError(f"config.{name}={value} must be at least {least}.")
+        if value is not None and not allowed.holds(value):
+            raise UserError(f"config.{name}={value} must be {allowed.words(value)}.")
+    parse_row_length(config.packing.row_length)
     if (config.steps is None) == (config.epochs is None):
         raise UserError(
             f"set exactly one of config.steps (got {config.steps}) and config.epochs (got {config.epochs}); "
@@ -89,7 +116,7 @@ def resolve(config: Config) -> Config:
         hyperparameters=hyperparameters(config),
     )
     _check_reference(config)
-    return config.lock()
+    return config.unlock().lock()  # a config that is locked already would not look at its parts
 
 
 def losses(config: Config) -> list[dict[str, Any]]:

@@ -67,7 +67,15 @@ def make_schedule(*, learning_rate: float, schedule: str, warmup_steps: int, upd
         schedule: Key of `SCHEDULES`.
         warmup_steps: Updates until the peak.
         updates: Length of the run.
+
+    Raises:
+        UserError: If the run ends before the warm-up does.
     """
+    if warmup_steps >= updates and warmup_steps:
+        raise UserError(
+            f"optimizer.warmup_steps={warmup_steps} but the run has {updates} updates, so the peak rate is never "
+            "reached; set --config.optimizer.warmup_steps lower."
+        )
     after = SCHEDULES[schedule](learning_rate, updates - warmup_steps)
     if not warmup_steps:
         return after

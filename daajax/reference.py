@@ -204,7 +204,7 @@ def score_pass(data: TokenizedData, plan: Plan, score: Callable[[Batch, int], An
     unsaved: dict[bytes, np.ndarray] = {}
     saved = time.perf_counter()
     for update in range(plan.updates):
-        batch, indices, keys = batches[update], batches.token_indices(update), plan.shape(update).keys
+        (batch, indices), keys = batches.fill(update), plan.shape(update).keys
         for part in range(plan.micro_batches):
             values = np.asarray(score({name: value[part] for name, value in batch.items()}, keys))
             real = indices[part] >= 0
@@ -214,8 +214,8 @@ def score_pass(data: TokenizedData, plan: Plan, score: Callable[[Batch, int], An
                 unsaved[response.key] = logps[response.tokens]
                 if not np.isfinite(unsaved[response.key]).all():
                     raise UserError(
-                        f"example {data.ids[example]!r}: the reference's log-probs are not finite; "
-                        "check its weights and dtype."
+                        f"the log-probs of {what} for example {data.ids[example]!r} are not finite; "
+                        "check the model's weights and model.dtype."
                     )
         if time.perf_counter() - saved > _SAVE_SECONDS:
             cache.append(unsaved)

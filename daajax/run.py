@@ -14,7 +14,8 @@ from daajax import reference, sharding
 from daajax.config import Config
 from daajax.console import say
 from daajax.data import packing, windows
-from daajax.data.packing import Plan, Sizes
+from daajax.data.packing import Plan
+from daajax.data.sizes import Sizes
 from daajax.data.token_cache import tokenized
 from daajax.data.tokens import TokenizedData, summary
 from daajax.errors import UserError
@@ -94,8 +95,7 @@ def make_plan(config: Config, data: TokenizedData, mesh: Any) -> Plan:
         steps=config.steps, epochs=config.epochs, examples=examples, batch_size=config.batch_size
     )
     order = windows.training_windows(
-        sizes.tokens,
-        sizes.scored,
+        sizes,
         batch_size=config.batch_size,
         updates=updates,
         shuffle=config.data.shuffle,
@@ -113,7 +113,7 @@ def pack(config: Config, order: np.ndarray, sizes: Sizes, mesh: Any, names: Sequ
         micro_batches=config.micro_batches,
         row_multiple=sharding.row_multiple(mesh),
         rows=config.packing.rows,
-        row_length=config.packing.row_length,
+        row_length=packing.parse_row_length(config.packing.row_length),
         shapes=config.packing.shapes,
         names=names,
     )
@@ -177,10 +177,13 @@ def load_reference(
         mesh: The mesh.
     """
     policy = digest = weights.digest(params)
+    architecture = scorer.model.architecture
+    same_architecture = True
     what = config.model.path
     if config.reference.mode == "path":
         what = config.reference.path
-        architecture = read_architecture(what)
+        architecture = read_architecture(what, "reference.path")
+        same_architecture = architecture == scorer.model.architecture
         if architecture.vocab_size < scorer.model.architecture.vocab_size:
             raise UserError(
                 f"reference.path={what} has a vocabulary of {architecture.vocab_size}, the policy's is "
@@ -189,7 +192,7 @@ def load_reference(
         scorer = make_scorer(config, architecture, mesh)
         params, _ = load_params(what, scorer, mesh)
         digest = weights.digest(params)
-    header = reference.Header(digest, dataclasses.asdict(scorer.model.architecture), config.model.dtype)
+    header = reference.Header(digest, dataclasses.asdict(architecture), config.model.dtype)
     cache = reference.Cache(config.reference.cache_dir, header)
     examples = reference.examples_of(plan)
     lacking = reference.missing(data, examples, cache)
@@ -206,10 +209,18 @@ def load_reference(
             return score(params, sharding.place(mesh, part, ("rows",)), keys=keys)
 
         sizes = Sizes.of(data, prefix_sharing=config.packing.prefix_sharing)
-        order = windows.sweep_windows(sizes.tokens[lacking], sizes.scored[lacking], batch_size=config.batch_size)
-        order = np.where(order >= 0, lacking[order], -1)
-        reference.score_pass(data, pack(config, order, sizes, mesh, data.ids), score_part, cache, what=what)
+        # No more tokens at a time than in training, also where it is the long examples that are lacking.
+        most = np.where(plan.windows >= 0, sizes.length[plan.windows], 0).sum(axis=1).max()
+        batch_size = int(np.clip(most / sizes.length[lacking].mean(), 1, plan.batch_size))
+        layout = packing.pack(
+            windows.sweep_windows(sizes, batch_size=batch_size, examples=lacking),
+            sizes,
+            packing=config.packing.enabled,
+            micro_batches=plan.micro_batches,
+            row_multiple=sharding.row_multiple(mesh),
+        )
+        reference.score_pass(data, layout, score_part, cache, what=what)
     logps = reference.column(data, examples, cache)
     del params
     gc.collect()
-    return Reference(logps, digest == policy)
+    return Reference(logps, digest == policy and same_architecture)

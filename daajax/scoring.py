@@ -4,6 +4,7 @@ Policy, reference and evaluation call the same `Scorer`; what differs is only wh
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from daajax.ops import attention
 from daajax.ops.head import token_statistics
 
 Batch = Mapping[str, Array]
+
+SUM_CHUNK = 1024  # scored tokens whose masks exist at once
 
 # How queries see keys: a function of (batch, gathered keys) made once per micro-batch, and the attention that reads it.
 ATTENTION: dict[str, tuple[Callable[[Batch, int], Any], Callable[..., Array]]] = {
@@ -99,7 +102,7 @@ class Scorer:
             keys: The plan's capacity in gathered keys.
         """
         hidden = self.model.apply({"params": params}, batch["tokens"], batch["positions"], self.see(batch, keys))
-        weights = projection(params, self.model.architecture, self.model.dtype)
+        weights = projection(params, self.model.architecture)
         return self.head(hidden, weights, batch["sources"], batch["targets"], batch["owners"])["logps"]
 
 
@@ -120,12 +123,38 @@ def _head_statistics(
     return {name: jnp.where(owners >= 0, values.reshape(scored, rows).T, 0) for name, values in statistics.items()}
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def response_sums(
-    values: Float[Array, "rows scored"], owners: Int[Array, "rows scored"], *, slots: int, responses: int
+    values: Float[Array, "rows scored"], owners: Int[Array, "rows scored"], slots: int, responses: int
 ) -> Float[Array, "rows slots responses"]:
     """Sums values over the scored tokens of each response.
 
-    A masked sum instead of a scatter: its order is fixed, so the result is the same on every run and platform.
+    Masked sums of a chunk of tokens at a time instead of a scatter: their order is fixed, so the result is the same on
+    every run and platform. The backward pass is a gather.
     """
-    owned = owners[:, :, None] == jnp.arange(slots * responses)[None, None]
-    return jnp.where(owned, values[:, :, None], 0).sum(axis=1).reshape(-1, slots, responses)
+    rows, scored = values.shape
+    padding = -scored % SUM_CHUNK
+    chunks: Any = tuple(
+        jnp.pad(x, ((0, 0), (0, padding)), constant_values=empty).reshape(rows, -1, SUM_CHUNK).swapaxes(0, 1)
+        for x, empty in ((values, 0), (owners, -1))
+    )
+
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        values, owners = chunk
+        owned = owners[:, :, None] == jnp.arange(slots * responses)[None, None]
+        return total + jnp.where(owned, values[:, :, None], 0).sum(axis=1), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros((rows, slots * responses), values.dtype), chunks)
+    return total.reshape(rows, slots, responses)
+
+
+def _response_sums_forward(values, owners, slots, responses):
+    return response_sums(values, owners, slots, responses), owners
+
+
+def _response_sums_backward(slots, responses, owners, cotangent):
+    flat = cotangent.reshape(len(owners), slots * responses)
+    return jnp.where(owners >= 0, jnp.take_along_axis(flat, jnp.maximum(owners, 0), axis=1), 0), None
+
+
+response_sums.defvjp(_response_sums_forward, _response_sums_backward)

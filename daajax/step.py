@@ -55,7 +55,7 @@ def sums_of(token_logps: Float[Array, "rows scored"], batch: Batch, *, reference
     _, slots, responses = batch["lengths"].shape
 
     def total(values: Array) -> Array:
-        return response_sums(values, batch["owners"], slots=slots, responses=responses)
+        return response_sums(values, batch["owners"], slots, responses)
 
     return Sums(total(token_logps), total(token_logps - batch["reference"]) if reference else None)
 
@@ -79,11 +79,17 @@ def loss_of(
     total, results = jnp.float32(0), []
     for term in terms:
         result = term.loss(responses)
-        divisor = counts.tokens if term.objective.per == "tokens" else counts.examples
-        loss = jnp.where(real, examples["weights"] * result.losses, 0).sum() / divisor
+        loss = jnp.where(real, examples["weights"] * result.losses, 0).sum() / counts.examples
+        if result.token_losses is not None:
+            loss += jnp.where(real, examples["weights"] * result.token_losses, 0).sum() / counts.tokens
         total += term.weight * loss
         results.append((term.name, loss, result))
     return total, metrics.of_examples(total, results, responses, real, counts.examples)
+
+
+def all_finite(params: Params) -> Array:
+    """Whether every parameter is a number, bool []."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
 def loss_and_gradient(
@@ -106,7 +112,7 @@ def loss_and_gradient(
 
     def cotangents(sums: Sums, part: Batch) -> tuple[Sums, metrics.Logged]:
         """Gradient of the loss with respect to log-probs; the examples of other parts are absent from it."""
-        order = _Order(part["places"], batch_size)
+        order = Order(part["places"], batch_size)
         by_place = jax.tree.map(order.by_place, sums)
         gradient, logged = jax.grad(loss_of, has_aux=True)(by_place, order.examples(part), terms, counts)
         return jax.tree.map(order.by_slot, gradient), logged
@@ -142,37 +148,7 @@ def loss_and_gradient(
     return gradient, logged.combined()
 
 
-def loss_at_reference(
-    batch: Batch, terms: Sequence[Term], *, batch_size: int, tolerance: Callable[[Array], Array]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """What the first loss of a run must be whose reference is the initial policy.
-
-    Args:
-        batch: The first update.
-        terms: The loss.
-        batch_size: Examples an update.
-        tolerance: From scored tokens to the nats by which a response's log-ratio may differ from 0.
-
-    Returns:
-        The loss with the reference's log-probs in place of the policy's, and how much such differences change it, to
-        first order.
-    """
-    _, slots, responses = batch["lengths"].shape[1:]
-
-    def sums(values: Array, owners: Array) -> Array:
-        return response_sums(values, owners, slots=slots, responses=responses)
-
-    order = _Order(batch["places"], batch_size)
-    logps = order.by_place(jax.vmap(sums)(batch["reference"], batch["owners"]))
-    examples = order.examples(batch)
-    lengths = examples["lengths"]
-    at = Sums(logps, jnp.zeros_like(logps))
-    loss, gradient = jax.value_and_grad(lambda s: loss_of(s, examples, terms, Counts.of(batch))[0])(at)
-    slope = jnp.abs(gradient.logps) + jnp.abs(gradient.log_ratios)
-    return loss, (slope * jnp.where(lengths > 0, tolerance(lengths), 0)).sum()
-
-
-class _Order:
+class Order:
     """The way from slots `[…, rows, slots]` to the examples of an update in order of place, and back."""
 
     def __init__(self, places: Int[Array, "*parts rows slots"], batch_size: int):
@@ -244,10 +220,15 @@ class Update:
 
     def compile(self, state: TrainState, batch: Batch, *, keys: int) -> None:
         """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one."""
-        self._compiled[batch["tokens"].shape, keys] = self._jitted.lower(state, batch, keys).compile()
+        self._compiled[_shapes(batch), keys] = self._jitted.lower(state, batch, keys).compile()
 
     def __call__(self, state: TrainState, batch: Batch, *, keys: int) -> tuple[TrainState, dict[str, Array]]:
         """Runs one update; `keys` is the plan's capacity for this batch's shape."""
-        if (batch["tokens"].shape, keys) not in self._compiled:
+        key = (_shapes(batch), keys)
+        if key not in self._compiled:
             self.compile(state, batch, keys=keys)
-        return self._compiled[batch["tokens"].shape, keys](state, batch)
+        return self._compiled[key](state, batch)
+
+
+def _shapes(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(sorted((name, value.shape) for name, value in batch.items()))

@@ -4,6 +4,7 @@
 """
 
 import collections
+import contextlib
 import math
 import pathlib
 import time
@@ -21,7 +22,8 @@ from daajax.data.windows import describe
 from daajax.errors import UserError
 from daajax.losses.objectives import bind
 from daajax.models import weights
-from daajax.models.families import parameter_count, read_architecture
+from daajax.models.decoder import parameter_count
+from daajax.models.families import read_architecture
 from daajax.optimizer import make_optimizer, make_schedule
 
 IN_FLIGHT = 2  # updates that may be queued on the device; more would only hold their batches in memory
@@ -46,6 +48,8 @@ def train(config: Config, workdir: str) -> None:
     # ------------------------------------------------------------------ what is trained, on what, where
     terms = bind(losses(config))
     architecture = read_architecture(config.model.path)
+    if config.reference.path is not None:  # before minutes are spent on the data
+        read_architecture(config.reference.path, "reference.path")
     mesh = sharding.make_mesh(config.mesh.to_dict())
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     data = run.load_data(config, architecture, terms)
@@ -102,44 +106,51 @@ def train(config: Config, workdir: str) -> None:
     began = time.perf_counter()
     update.compile(state, first, keys=plan.shape(0).keys)
     say(f"compiled the update in {time.perf_counter() - began:.1f} s")
-    why_not = first_loss.why_not_checked(config, reference)
+    expected, why_not = None, first_loss.why_not_checked(config, reference)
     if why_not:
         say(f"first loss: not checked, {why_not}")
     else:
         expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
+    del first
 
     # ------------------------------------------------------------------ the updates
-    folder.begin(where, config)
-    writer = metrics.Writer(where)
     progress = Progress("train", plan.updates, "update")
     clock = _Clock(plan, data.lengths)
     queued: collections.deque[jax.Array] = collections.deque()
-    history = []
-    for t in range(plan.updates):
-        batch = sharding.place(mesh, batches[t])
-        state, logged = update(state, batch, keys=plan.shape(t).keys)
-        queued.append(logged["loss"])
-        if len(queued) > IN_FLIGHT:
-            queued.popleft().block_until_ready()
-        shown = None
-        if (t + 1) % config.log.every == 0 or t in (0, plan.updates - 1):
-            values = {name: float(value) for name, value in jax.device_get(logged).items()}
-            if t == 0 and not why_not:
-                expected.check(values)
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+    earliest, latest = {}, {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        writer = None
+        for t in range(plan.updates):
+            batch = sharding.place(mesh, batches[t])
+            state, logged = update(state, batch, keys=plan.shape(t).keys)
+            queued.append(logged["loss"])
+            if len(queued) > IN_FLIGHT:
+                queued.popleft().block_until_ready()
+            if (t + 1) % config.log.every and t not in (0, plan.updates - 1):
+                progress.advance()
+                continue
+            latest = {name: float(value) for name, value in jax.device_get(logged).items()}
+            if t == 0 and expected is not None:
+                expected.check(latest)
+            if not math.isfinite(latest["loss"]) or not math.isfinite(latest["grad_norm"]):
                 raise UserError(
-                    f"update {t + 1}: loss is {values['loss']}, grad_norm {values['grad_norm']}; lower "
+                    f"update {t + 1}: loss is {latest['loss']}, grad_norm {latest['grad_norm']}; lower "
                     "optimizer.learning_rate, or check the model's weights and dtype. No model was written."
                 )
-            values |= clock.read(t)
-            writer.write(t + 1, values)
-            history.append(values)
-            shown = {name: values[name] for name in SHOWN if name in values}
-        progress.advance(shown)
-    progress.close()
-    writer.close()
+            latest |= clock.read(t)
+            if writer is None:  # the first update is sound: from here on there is something to keep
+                folder.begin(where, config)
+                writer = stack.enter_context(contextlib.closing(metrics.Writer(where)))
+                earliest = latest
+            writer.write(t + 1, latest)
+            progress.advance({name: latest[name] for name in SHOWN if name in latest})
 
     # ------------------------------------------------------------------ the result
+    if not jax.jit(step.all_finite)(state.params):
+        raise UserError(
+            "the last update made parameters that are not finite; lower optimizer.learning_rate. No model was written."
+        )
     weights.save(
         str(where / "model"),
         state.params,
@@ -148,8 +159,8 @@ def train(config: Config, workdir: str) -> None:
         tokenizer_path=run.tokenizer_path(config),
     )
     for name in SHOWN:
-        if name in history[0]:
-            say(f"{name}: {history[0][name]:.6g} at update 1, {history[-1][name]:.6g} at update {plan.updates}")
+        if name in earliest:
+            say(f"{name}: {earliest[name]:.6g} at update 1, {latest[name]:.6g} at update {plan.updates}")
     say(f"the model is in {where / 'model'}, the metrics in {where / 'metrics.jsonl'}")
 
 

@@ -14,5 +14,5 @@ fi
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-1}
 
-# exec: signals reach Python, and its exit code (0 done, 1 error, 42 and 43 start me again) reaches the caller.
+# exec: signals reach Python, and its exit code (0 done, 1 an error, 130 stopped) reaches the caller.
 exec "$python" -m daajax.train "$@"

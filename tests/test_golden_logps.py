@@ -10,7 +10,8 @@ import pytest
 
 from daajax import sharding
 from daajax.data.batches import Batches
-from daajax.data.packing import Sizes, pack
+from daajax.data.packing import pack
+from daajax.data.sizes import Sizes
 from daajax.data.token_cache import tokenized
 from daajax.data.windows import sweep_windows
 from daajax.models import decoder, weights
@@ -49,7 +50,7 @@ def scored(assets, data, mesh, dtype, *, packed, shared):
     shapes, axes = decoder.abstract_params(scorer.model)
     params = weights.load(path, scorer.model.architecture, shapes, sharding.param_shardings(mesh, shapes, axes))
     sizes = Sizes.of(data, prefix_sharing=shared)
-    windows = sweep_windows(sizes.tokens, sizes.scored, batch_size=32)
+    windows = sweep_windows(sizes, batch_size=32)
     plan = pack(windows, sizes, packing=packed, micro_batches=1, row_multiple=sharding.row_multiple(mesh))
     shape = plan.shape(0)
 

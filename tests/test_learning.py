@@ -9,7 +9,7 @@ import pytest
 
 from daajax import run, sharding
 from daajax.config import losses
-from daajax.data.packing import Sizes
+from daajax.data.sizes import Sizes
 from daajax.data.windows import sweep_windows
 from daajax.losses.objectives import bind
 from daajax.models.families import read_architecture
@@ -34,7 +34,7 @@ def summed_logps(model, data, cache, *arguments, limit=None):
         mesh = sharding.make_mesh(config.mesh.to_dict())
         found = run.load_data(config, architecture, bind(losses(config)))
         sizes = Sizes.of(found, prefix_sharing=True)
-        windows = sweep_windows(sizes.tokens, sizes.scored, batch_size=config.batch_size)
+        windows = sweep_windows(sizes, batch_size=config.batch_size)
         plan = run.pack(config, windows, sizes, mesh, found.ids)
         scorer = run.make_scorer(config, architecture, mesh)
         params, _ = run.load_params(config.model.path, scorer, mesh)

@@ -204,8 +204,13 @@ def test_a_cosine_rate_falls_along_half_a_cosine(warmup_steps):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("warmup_steps", [0, 1, 3, 9, 10, 20])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3, 9])
 def test_no_update_of_a_run_has_a_rate_of_zero(schedule, warmup_steps):
     values = rates(schedule, warmup_steps)
     assert min(values) > 0
     assert max(values) <= 2.0 + 1e-6
+
+
+def test_a_warm_up_that_outlasts_the_run_is_refused():
+    with pytest.raises(UserError, match=r"warmup_steps=10 but the run has 10 updates"):
+        make_schedule(learning_rate=1.0, schedule="linear", warmup_steps=10, updates=10)

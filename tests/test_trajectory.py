@@ -80,8 +80,6 @@ def test_layouts_of_a_small_run_agree(own, layout):
     agree(own(layout), updates=5)
 
 
-@pytest.mark.xfail(strict=True, reason="Update finds compiled steps by tokens and keys, not by the scored slots")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_shapes_that_differ_only_in_scored_slots_agree(own):
     own("default")
     try:

@@ -9,7 +9,7 @@ _CELLS_AT_ONCE = 2**22  # bounds the memory of a round
 _LATER = 0.3  # weight of the measures behind the first
 
 
-def evened(
+def even_out(
     bins: Int[np.ndarray, "bins width"],
     measures: Float[np.ndarray, "items dims"],
     targets: Float[np.ndarray, "bins dims"],
@@ -58,18 +58,10 @@ def evened(
         swaps = 0
         for begin in range(0, len(light), chunk):
             a, b = light[begin : begin + chunk], heavy[begin : begin + chunk]
-            change = np.zeros((len(a), len(columns), len(columns)))  # of the squared deviations, halved
-            for measure, weight in enumerate(weights):
-                ours, theirs = (sizes[bins[side][:, columns], measure] for side in (a, b))
-                delta = theirs[:, None, :] - ours[:, :, None]
-                change += weight * delta * (delta + (deviation[a] - deviation[b])[:, measure, None, None])
-            if movable is not None:
-                allowed = movable[a][:, columns, None] & movable[b][:, None, columns]
-                change = np.where(allowed, change, np.inf)
-            best = change.reshape(len(a), -1).argmin(axis=1)
-            better = np.take_along_axis(change.reshape(len(a), -1), best[:, None], axis=1)[:, 0] < -1e-15
-            i, j = (columns[x[better]] for x in np.divmod(best, len(columns)))
-            a, b = a[better], b[better]
+            ours, theirs = (sizes[bins[side][:, columns]] for side in (a, b))
+            allowed = None if movable is None else (movable[a][:, columns], movable[b][:, columns])
+            i, j, better = _find_best_swaps(ours, theirs, deviation[a] - deviation[b], weights, allowed)
+            a, b, i, j = a[better], b[better], columns[i[better]], columns[j[better]]
             moved = sizes[bins[b, j]] - sizes[bins[a, i]]
             deviation[a] += moved
             deviation[b] -= moved
@@ -77,3 +69,32 @@ def evened(
             swaps += len(a)
         idle = 0 if swaps else idle + 1
     return bins
+
+
+def _find_best_swaps(
+    ours: Float[np.ndarray, "pairs columns dims"],
+    theirs: Float[np.ndarray, "pairs columns dims"],
+    gaps: Float[np.ndarray, "pairs dims"],
+    weights: Float[np.ndarray, " dims"],
+    movable: tuple[Bool[np.ndarray, "pairs columns"], Bool[np.ndarray, "pairs columns"]] | None,
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], Bool[np.ndarray, " pairs"]]:
+    """The swap that helps each pair of bins most: its column in the one and in the other, and whether it helps at all.
+
+    Args:
+        ours: Sizes of the one bin's items.
+        theirs: Sizes of the other's.
+        gaps: Deviation of the one bin less that of the other.
+        weights: Of the measures.
+        movable: Items of both that may take part; None: all.
+    """
+    pairs, width, _ = ours.shape
+    change = np.zeros((pairs, width, width))  # of the squared deviations, halved
+    for measure, weight in enumerate(weights):
+        delta = theirs[:, None, :, measure] - ours[:, :, None, measure]
+        change += weight * delta * (delta + gaps[:, measure, None, None])
+    if movable is not None:
+        change = np.where(movable[0][:, :, None] & movable[1][:, None, :], change, np.inf)
+    change = change.reshape(pairs, -1)
+    best = change.argmin(axis=1)
+    i, j = np.divmod(best, width)
+    return i, j, np.take_along_axis(change, best[:, None], axis=1)[:, 0] < -1e-15

@@ -30,6 +30,7 @@ LAYOUT = {  # key: (dtype, axes, value where there is nothing)
     "places": (np.int32, ("rows", "slots"), -1),
     "ids": (np.int32, ("rows", "slots"), -1),
 }
+_INDICES = {"indices": (np.int64, ("rows", "scored"), -1)}  # filled with the others, but stays on the host
 
 
 class Batches:
@@ -46,23 +47,38 @@ class Batches:
         self.responses = data.lengths.shape[1] - 1
         self._data, self._reference = data, reference
 
-    def __getitem__(self, update: int) -> Batch:
-        """The batch of one update, every row."""
+    def fill(self, update: int) -> tuple[Batch, Int[np.ndarray, "micro_batches rows scored"]]:
+        """The batch of one update, every row, and which token of the data each of its scored slots holds.
+
+        Args:
+            update: Which one.
+
+        Returns:
+            The batch, and the index into the data's flat tokens of each scored slot; -1 where the slot is empty. The
+            indices are the way back: what was computed for a slot belongs to that token of the data.
+        """
         plan, shape = self.plan, self.plan.shape(update)
         total_rows = plan.micro_batches * plan.rows
         axes = dict(
             rows=total_rows, length=shape.length, slots=shape.slots, scored=shape.scored, responses=self.responses
         )
-        batch = {
-            key: np.full([axes[axis] for axis in names], empty, dtype) for key, (dtype, names, empty) in LAYOUT.items()
+        arrays = {
+            key: np.full([axes[axis] for axis in names], empty, dtype)
+            for key, (dtype, names, empty) in (LAYOUT | _INDICES).items()
         }
-        rows = [_Row({key: value[row] for key, value in batch.items()}) for row in range(total_rows)]
+        rows = [_Row({key: value[row] for key, value in arrays.items()}) for row in range(total_rows)]
         for place, (example, row) in enumerate(
             zip(plan.windows[update].tolist(), plan.row_of[update].tolist(), strict=True)
         ):
             if example >= 0:
                 self._put(rows[row], place, example)
-        return {key: value.reshape(plan.micro_batches, plan.rows, *value.shape[1:]) for key, value in batch.items()}
+        batch = {key: value.reshape(plan.micro_batches, plan.rows, *value.shape[1:]) for key, value in arrays.items()}
+        indices = batch.pop("indices")
+        return batch, indices
+
+    def __getitem__(self, update: int) -> Batch:
+        """The batch of one update, every row."""
+        return self.fill(update)[0]
 
     def __len__(self) -> int:
         return self.plan.updates
@@ -71,21 +87,8 @@ class Batches:
         return (self[update] for update in range(len(self)))
 
     def token_indices(self, update: int) -> Int[np.ndarray, "micro_batches rows scored"]:
-        """Index into the data's flat tokens of each scored slot; -1 where the slot is empty.
-
-        It is the way back: what was computed for a slot belongs to that token of the data.
-        """
-        plan, shape = self.plan, self.plan.shape(update)
-        indices = np.full((plan.micro_batches * plan.rows, shape.scored), -1, np.int64)
-        filled = np.zeros(len(indices), np.int64)
-        for example, row in zip(plan.windows[update].tolist(), plan.row_of[update].tolist(), strict=True):
-            if example >= 0:
-                lengths = self._data.lengths[example]
-                begin = self._data.starts[example] + lengths[0]
-                mine = begin + np.nonzero(self._data.scored[begin : begin + lengths[1:].sum()])[0]
-                indices[row, filled[row] : filled[row] + len(mine)] = mine
-                filled[row] += len(mine)
-        return indices.reshape(plan.micro_batches, plan.rows, -1)
+        """Index into the data's flat tokens of each scored slot; see `fill`, which has the batch as well."""
+        return self.fill(update)[1]
 
     def _put(self, row: "_Row", place: int, example: int) -> None:
         """Writes one example into the next free slot of a row."""
@@ -104,11 +107,13 @@ class Batches:
             start = row.length
             row.write(data.tokens[response], branch=k, position=lengths[0])
             mine = np.nonzero(data.scored[response])[0]
+            indices = response.start + mine
             row.score(
                 k,
+                indices=indices,
                 sources=np.where(mine == 0, before - 1, start + mine - 1),
-                targets=data.tokens[response][mine],
-                reference=None if self._reference is None else self._reference[response][mine],
+                targets=data.tokens[indices],
+                reference=None if self._reference is None else self._reference[indices],
                 slot_width=self.responses,
             )
 
@@ -145,6 +150,7 @@ class _Row:
         self,
         response: int,
         *,
+        indices: Int[np.ndarray, " count"],
         sources: Int[np.ndarray, " count"],
         targets: Int[np.ndarray, " count"],
         reference: Float[np.ndarray, " count"] | None,
@@ -152,6 +158,7 @@ class _Row:
     ) -> None:
         """Appends the scored tokens of a response, counted from 1; `slot_width` is K."""
         span = slice(self._scored, self._scored + len(targets))
+        self._arrays["indices"][span] = indices
         self._arrays["sources"][span] = sources
         self._arrays["targets"][span] = targets
         self._arrays["owners"][span] = self._slot * slot_width + response - 1

@@ -6,13 +6,14 @@ fixes the static capacities that make every update the same shape. It needs the 
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-from daajax.data.balance import evened
-from daajax.data.tokens import TokenizedData
+from daajax.data.balance import even_out
+from daajax.data.sizes import Sizes
 from daajax.errors import UserError
 
 LENGTH_MULTIPLE = 128  # row lengths and gathered keys come in whole attention blocks
@@ -25,37 +26,16 @@ Needs = dict[str, Int[np.ndarray, "updates rows"]]  # what the examples of each 
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What each of N examples needs of a row, in tokens.
+class Shape:
+    """The four static capacities of a row: what every row of an update has room for, filled or not.
 
     Attributes:
-        tokens: Unique tokens, prompt once: the layout-independent measure that windows are balanced by.
-        length: Row positions it takes: `tokens` with prefix sharing, more without.
-        scored: Tokens with a log-prob, over all responses.
-        keys: Keys that attention gathers: prompt and response, once per response.
-        prefix_sharing: Whether the prompt lies in the row once.
+        length: Tokens of examples lying one behind the other; a multiple of `LENGTH_MULTIPLE`.
+        slots: Examples.
+        scored: Tokens with a log-prob, over all its examples; a multiple of `SCORED_MULTIPLE`.
+        keys: Tokens that attention gathers as keys: each response behind its prompt, so that a prompt counts once for
+            each of its responses; a multiple of `LENGTH_MULTIPLE`.
     """
-
-    tokens: Int[np.ndarray, " examples"]
-    length: Int[np.ndarray, " examples"]
-    scored: Int[np.ndarray, " examples"]
-    keys: Int[np.ndarray, " examples"]
-    prefix_sharing: bool
-
-    @classmethod
-    def of(cls, data: TokenizedData, *, prefix_sharing: bool) -> "Sizes":
-        """The sizes of every example of a data set."""
-        lengths = data.lengths.astype(np.int64)
-        prompt, responses = lengths[:, 0], lengths[:, 1:]
-        scored = data.scored_lengths().sum(axis=1, dtype=np.int64)
-        tokens = lengths.sum(axis=1)
-        keys = responses.sum(axis=1) + prompt * (responses > 0).sum(axis=1)
-        return cls(tokens, tokens if prefix_sharing else keys, scored, keys, prefix_sharing)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The four static capacities of a row."""
 
     length: int
     slots: int
@@ -70,7 +50,7 @@ class Plan:
     Attributes:
         windows: Example index by update and place; -1 where a last, ragged window has none.
         row_of: Row, counted through all micro-batches, by update and place; -1 likewise. Within a row, order of place.
-        shapes: Capacities; one per compiled step.
+        shapes: Capacities, each once; one per compiled step.
         shape_of: Index into `shapes` by update.
         micro_batches: Parts an update is computed in.
         rows: Rows of one micro-batch.
@@ -133,43 +113,22 @@ def pack(
         micro_batches: Parts an update is computed in.
         row_multiple: Devices that rows are sharded over; a micro-batch has a multiple of it.
         rows: Rows of a micro-batch; None takes as few as the mesh, or `row_length`, allows.
-        row_length: Tokens of a row; None takes the smallest multiple of 128 that holds every window.
-        shapes: How many row lengths updates may be sorted into; each compiles once.
+        row_length: Tokens of a row, a multiple of 128 (see `parse_row_length`); None takes the smallest that holds
+            every window.
+        shapes: How many shapes updates of similar length may be sorted into; those that come out the same are one.
         names: Of the examples, for error messages; None: their index.
 
     Raises:
         UserError: If `rows` does not fit the mesh, or an example or a window does not fit the rows asked for.
     """
-    batch_size = windows.shape[1]
-    if rows is not None and (rows < 1 or rows % row_multiple):
-        raise UserError(
-            f"packing.rows={rows} must be a positive multiple of {row_multiple}, the devices on the mesh's axes data "
-            "and fsdp."
-        )
-    if row_length is not None and row_length % LENGTH_MULTIPLE:
-        raise UserError(
-            f"packing.row_length={row_length} must be a multiple of {LENGTH_MULTIPLE}, or None for the smallest that "
-            "fits."
-        )
-    used = windows[windows >= 0]
-    if row_length is not None and sizes.length[used].max() > row_length:
-        worst = int(used[np.argmax(sizes.length[used])])
-        name = worst if names is None else names[worst]
-        raise UserError(
-            f"example {name} takes {sizes.length[worst]} tokens of a row but packing.row_length={row_length}; "
-            "raise packing.row_length or lower max_length."
-        )
+    _check_rows(windows, sizes, row_multiple, rows, row_length, names)
     if packing:
-        row_of, count = _packed(windows, sizes, micro_batches, row_multiple, rows, row_length)
+        row_of, count = _share_rows(windows, sizes, micro_batches, row_multiple, rows, row_length)
     else:
-        row_of, count = _one_each(windows, micro_batches, row_multiple, rows)
-    needs = {
-        "length": _row_totals(windows, row_of, sizes.length, micro_batches * count),
-        "slots": _row_totals(windows, row_of, np.ones_like(sizes.length), micro_batches * count),
-        "scored": _row_totals(windows, row_of, sizes.scored, micro_batches * count),
-        "keys": _row_totals(windows, row_of, sizes.keys, micro_batches * count),
-    }
-    chosen, shape_of = _shapes(needs, shapes, row_length)
+        row_of, count = _give_one_each(windows, micro_batches, row_multiple, rows)
+    takes = {"length": sizes.length, "slots": np.ones_like(sizes.length), "scored": sizes.scored, "keys": sizes.keys}
+    needs = {name: _add_up(windows, row_of, each, micro_batches * count) for name, each in takes.items()}
+    chosen, shape_of = _choose_shapes(needs, shapes, row_length)
     return Plan(
         windows=windows,
         row_of=row_of,
@@ -179,18 +138,65 @@ def pack(
         rows=count,
         prefix_sharing=sizes.prefix_sharing,
         efficiency=_efficiency(needs, chosen, shape_of, micro_batches),
-        notices=_notices(needs, packing, batch_size, micro_batches * row_multiple),
+        notices=_notices(needs, packing, windows.shape[1], micro_batches * row_multiple),
     )
 
 
-def _packed(
+def parse_row_length(option: str | int) -> int | None:
+    """Tokens of a row from the option `packing.row_length`; None for "auto", the smallest that holds every window.
+
+    Args:
+        option: "auto", or a positive multiple of 128, also as text: so it comes from the command line.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    if option == "auto":
+        return None
+    length = int(option) if re.fullmatch("[0-9]{1,9}", str(option)) else 0
+    if length < 1 or length % LENGTH_MULTIPLE:
+        raise UserError(
+            f"config.packing.row_length={option!r} must be a positive multiple of {LENGTH_MULTIPLE}, or auto for the "
+            "smallest that holds every update."
+        )
+    return length
+
+
+def _check_rows(
+    windows: Windows,
+    sizes: Sizes,
+    row_multiple: int,
+    rows: int | None,
+    row_length: int | None,
+    names: Sequence[str] | None,
+) -> None:
+    """Refuses rows that do not fit the mesh or cannot hold one of the examples."""
+    if rows is not None and (rows < 1 or rows % row_multiple):
+        raise UserError(
+            f"packing.rows={rows} must be a positive multiple of {row_multiple}, the devices on the mesh's axes data "
+            "and fsdp."
+        )
+    used = windows[windows >= 0]
+    if row_length is not None and sizes.length[used].max() > row_length:
+        worst = int(used[np.argmax(sizes.length[used])])
+        name = worst if names is None else names[worst]
+        raise UserError(
+            f"example {name} takes {sizes.length[worst]} tokens of a row but packing.row_length={row_length}; "
+            "raise packing.row_length or lower max_length."
+        )
+
+
+def _share_rows(
     windows: Windows, sizes: Sizes, micro_batches: int, row_multiple: int, rows: int | None, row_length: int | None
 ) -> tuple[Windows, int]:
     """Row of each place, and rows of a micro-batch: as asked for, or as few as the mesh and `row_length` allow."""
-    most = max(rows or 0, math.ceil(windows.shape[1] / (micro_batches * row_multiple)) * row_multiple)
-    for count in [rows] if rows else range(row_multiple, most + 1, row_multiple):
-        row_of = _rows_of(windows, sizes, micro_batches * count)
-        longest = int(_row_totals(windows, row_of, sizes.length, micro_batches * count).max())
+    largest = np.where(windows >= 0, sizes.length[windows], 0).sum(axis=1).max()
+    least = math.ceil(largest / (micro_batches * row_multiple * (row_length or largest))) * row_multiple
+    most = max(least, math.ceil(windows.shape[1] / (micro_batches * row_multiple)) * row_multiple)
+    longest = 0
+    for count in [rows] if rows else range(least, most + 1, row_multiple):
+        row_of = _deal_rows(windows, sizes, micro_batches * count)
+        longest = int(_add_up(windows, row_of, sizes.length, micro_batches * count).max())
         if row_length is None or longest <= row_length:
             return row_of, count
     raise UserError(
@@ -199,7 +205,7 @@ def _packed(
     )
 
 
-def _one_each(windows: Windows, micro_batches: int, row_multiple: int, rows: int | None) -> tuple[Windows, int]:
+def _give_one_each(windows: Windows, micro_batches: int, row_multiple: int, rows: int | None) -> tuple[Windows, int]:
     """Likewise where every example has a row of its own."""
     batch_size = windows.shape[1]
     least = math.ceil(batch_size / (micro_batches * row_multiple)) * row_multiple
@@ -211,18 +217,21 @@ def _one_each(windows: Windows, micro_batches: int, row_multiple: int, rows: int
     return np.where(windows >= 0, np.arange(batch_size)[None], -1), rows or least
 
 
-def _shapes(needs: Needs, count: int, row_length: int | None) -> tuple[tuple[Shape, ...], Int[np.ndarray, " updates"]]:
-    """Capacities for groups of updates of similar length, and the group of each update."""
+def _choose_shapes(
+    needs: Needs, count: int, row_length: int | None
+) -> tuple[tuple[Shape, ...], Int[np.ndarray, " updates"]]:
+    """Capacities for groups of updates of similar length, each once, and which of them each update has."""
     longest = needs["length"].max(axis=1)
     multiples = dict(length=LENGTH_MULTIPLE, slots=1, scored=SCORED_MULTIPLE, keys=LENGTH_MULTIPLE)
-    chosen, shape_of = [], np.zeros(len(longest), np.int32)
+    chosen, group_of = [], np.zeros(len(longest), np.int32)
     for group in np.array_split(np.argsort(longest, kind="stable"), min(count, len(longest))):
-        shape = {name: _rounded(int(needs[name][group].max()), multiple) for name, multiple in multiples.items()}
-        shape_of[group] = len(chosen)
+        shape = {name: _round_up(int(needs[name][group].max()), multiple) for name, multiple in multiples.items()}
+        group_of[group] = len(chosen)
         chosen.append(Shape(**shape))
     if row_length is not None:
         chosen[-1] = dataclasses.replace(chosen[-1], length=row_length)
-    return tuple(chosen), shape_of
+    shapes = tuple(dict.fromkeys(chosen))
+    return shapes, np.array([shapes.index(shape) for shape in chosen], np.int32)[group_of]
 
 
 def _efficiency(
@@ -251,23 +260,21 @@ def _notices(needs: Needs, packing: bool, batch_size: int, parts: int) -> tuple[
     return tuple(notices)
 
 
-def _rounded(value: int, multiple: int) -> int:
+def _round_up(value: int, multiple: int) -> int:
     return max(1, math.ceil(value / multiple)) * multiple
 
 
-def _row_totals(
-    windows: Windows,
-    row_of: Windows,
-    values: Int[np.ndarray, " examples"],
-    rows: int,
+def _add_up(
+    windows: Windows, row_of: Windows, values: Int[np.ndarray, " examples"], rows: int
 ) -> Int[np.ndarray, "updates rows"]:
+    """Totals of the examples in each row."""
     real = row_of >= 0
     totals = np.zeros((len(windows), rows), np.int64)
     np.add.at(totals, (np.nonzero(real)[0], row_of[real]), values[windows[real]])
     return totals
 
 
-def _rows_of(windows: Windows, sizes: Sizes, rows: int) -> Windows:
+def _deal_rows(windows: Windows, sizes: Sizes, rows: int) -> Windows:
     """Deals each window into rows, longest first in serpentine order, then evens the rows out by swaps."""
     updates, batch_size = windows.shape
     measures = np.stack([sizes.length, sizes.scored], axis=1).astype(np.float64)
@@ -281,7 +288,7 @@ def _rows_of(windows: Windows, sizes: Sizes, rows: int) -> Windows:
     places[:, row, lap] = order
     items = np.where(places >= 0, np.take_along_axis(windows, places.reshape(updates, -1), 1).reshape(places.shape), -1)
     targets = np.repeat(measures[items].sum(axis=2).mean(axis=1, keepdims=True), rows, axis=1)
-    swapped = evened(
+    swapped = even_out(
         np.arange(updates * rows * width).reshape(updates * rows, width),
         measures[items].reshape(-1, 2),
         targets.reshape(-1, 2),

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,7 @@ from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 
 FORMAT = 1  # raise it whenever the same rows would become other arrays
-ARRAYS = ("tokens", "scored", "starts", "lengths", "weights", "id_text", "id_starts")
+ARRAYS = ("tokens", "scored", "starts", "lengths", "weights", "id_text", "id_starts")  # the files of an entry
 
 
 class DamagedError(Exception):
@@ -84,7 +84,12 @@ def tokenized(
     if cache_dir is None or not Path(path).is_file():  # a path that is no file is `read`'s to refuse
         return _with_notices(*make())
     ingredients = options | {"name": name, "limit": limit, "max_bad_rows": max_bad_rows}
-    entry = Path(cache_dir).expanduser() / entry_key(Path(path), Path(tokenizer_path), ingredients)
+    return _find_or_make(cache_dir, entry_key(Path(path), Path(tokenizer_path), ingredients), make)
+
+
+def _find_or_make(cache_dir: str | Path, key: str, make: Callable[[], tuple[TokenizedData, str]]) -> TokenizedData:
+    """The entry of that key, memory-mapped; `make` gives what an absent or damaged one should hold, and a notice."""
+    entry = Path(cache_dir).expanduser() / key
     notices = []
     if entry.exists():
         try:
@@ -210,8 +215,8 @@ def _publish(scratch: Path, entry: Path) -> None:
 
 def _arrays(data: TokenizedData) -> dict[str, np.ndarray]:
     """What an entry holds, by the name of its file."""
-    columns = {name: getattr(data, name) for name in ("tokens", "scored", "starts", "lengths", "weights")}
-    return columns | {"id_text": data.ids.text, "id_starts": data.ids.starts}
+    columns = vars(data) | {"id_text": data.ids.text, "id_starts": data.ids.starts}
+    return {name: columns[name] for name in ARRAYS}
 
 
 def _with_notices(data: TokenizedData, *notices: str) -> TokenizedData:

@@ -154,11 +154,11 @@ def encode(
         except Exception as error:  # tokenizers raises nothing narrower
             raise UserError(f"the tokenizer cannot encode the data ({error}); set tokenizer.path to another") from error
         for place, encoding in zip(places, encodings, strict=True):
-            parts[place] = _marked(rendered[place], encoding, tokenizer, counters)
+            parts[place] = _mark(rendered[place], encoding, tokenizer, counters)
     return [parts[place] for place in range(len(rendered))]
 
 
-def _marked(
+def _mark(
     rendering: Rendering, encoding: "Encoding", tokenizer: "PreTrainedTokenizerFast", counters: collections.Counter[str]
 ) -> Part:
     """One string's tokens, and which of them are scored."""
@@ -229,7 +229,7 @@ def cut(
     if limits.max_prompt_length is not None:
         head = int(shared > 0 and prompt.tokens[0] == tokenizer.bos_token_id)
         excess = max(shared - head - limits.max_prompt_length, 0)
-        prompt = _joined([prompt[:head], prompt[head + excess :]])
+        prompt = _join([prompt[:head], prompt[head + excess :]])
     room = max(limits.max_length - len(prompt), 0)
     responses = [response[:room] for response in whole]
     shortened = [len(response) > room for response in whole]
@@ -295,13 +295,27 @@ def tokenize(
             "rows; raise max_length, or set max_prompt_length to shorten prompts"
         )
 
-    flat = _joined(list(itertools.chain.from_iterable(parts)))
+    counters["bad_rows"], counters["examples"] = bad_rows.count, len(rows)
+    notices += [f"bad row skipped: {reason}" for reason in bad_rows.reasons[len(examples.bad_rows.reasons) :]]
+    return _flatten(kept, parts, counters, examples.notices + notices)
+
+
+def _flatten(
+    kept: Sequence[Example], parts: Sequence[list[Part]], counters: collections.Counter[str], notices: list[str]
+) -> TokenizedData:
+    """Lays the examples one behind the other and adds their totals to the counters.
+
+    Args:
+        kept: The examples.
+        parts: Of each example, from `cut`.
+        counters: What happened to them.
+        notices: What to say of them.
+    """
+    flat = _join(list(itertools.chain.from_iterable(parts)))
     lengths = np.zeros((len(parts), max(map(len, parts))), np.int32)
     for place, pieces in enumerate(parts):
         lengths[place, : len(pieces)] = [len(piece) for piece in pieces]
     totals = {
-        "bad_rows": bad_rows.count,
-        "examples": len(rows),
         "examples_kept": len(kept),
         "prompt_tokens": int(lengths[:, 0].sum()),
         "response_tokens": int(lengths[:, 1:].sum()),
@@ -313,13 +327,12 @@ def tokenize(
         "lengths": lengths,
         "weights": np.array([example.weight for example in kept], np.float32),
     }
-    notices += [f"bad row skipped: {reason}" for reason in bad_rows.reasons[len(examples.bad_rows.reasons) :]]
     return TokenizedData(
         **arrays,
         starts=np.concatenate([[0], np.cumsum(lengths.sum(1, dtype=np.int64))]),
         ids=Ids.of([example.id for example in kept]),
         counters=dict(counters) | totals,
-        notices=examples.notices + notices,
+        notices=notices,
         digest=digest({name: array_digest(array) for name, array in arrays.items()}),
     )
 
@@ -361,6 +374,6 @@ def _branches(
                 bad_rows.add(example.location or example.id, BadRow("a response holds nothing the tokenizer knows"))
 
 
-def _joined(parts: Sequence[Part]) -> Part:
+def _join(parts: Sequence[Part]) -> Part:
     """Parts one after the other."""
     return Part(np.concatenate([part.tokens for part in parts]), np.concatenate([part.scored for part in parts]))

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: If there is none, it brings code of its own, has no offsets, no EOS, or is not deterministic.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which nobody needs here
     from transformers import AutoTokenizer  # seconds, which sources and packing need not pay
 
     folder = Path(path)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 from jaxtyping import Float, Int
 
-from daajax.data.balance import evened
+from daajax.data.balance import even_out
+from daajax.data.sizes import Sizes
 from daajax.errors import UserError
 
 BALANCED_WITHIN = 0.01  # relative spread of the windows' token totals that swaps aim at
@@ -36,8 +37,7 @@ def updates_of(*, steps: int | None, epochs: float | None, examples: int, batch_
 
 
 def training_windows(
-    tokens: Int[np.ndarray, " examples"],
-    scored: Int[np.ndarray, " examples"],
+    sizes: Sizes,
     *,
     batch_size: int,
     updates: int,
@@ -50,8 +50,7 @@ def training_windows(
     beginning of the next. Shuffled windows are balanced within each epoch, by swaps; unshuffled ones follow file order.
 
     Args:
-        tokens: Unique tokens of each example.
-        scored: Scored tokens of each example.
+        sizes: What each example needs.
         batch_size: Examples an update.
         updates: Updates wanted.
         shuffle: False keeps file order.
@@ -60,13 +59,13 @@ def training_windows(
     Raises:
         UserError: If there are fewer examples than one update needs.
     """
-    examples = len(tokens)
+    measures = sizes.measures
+    examples = len(measures)
     if examples < batch_size:
         raise UserError(
             f"data has {examples} usable examples but batch_size is {batch_size}; lower batch_size or add data."
         )
     needed = updates * batch_size
-    measures = np.stack([tokens, scored], axis=1).astype(np.float64)
     stream = np.empty(needed, np.int64)
     for epoch in range(math.ceil(needed / examples)):
         start = epoch * examples
@@ -74,33 +73,31 @@ def training_windows(
             order = np.arange(examples)
         else:
             order = np.random.default_rng([seed, epoch]).permutation(examples)
-            order = _balanced(order, measures, first_cut=-start % batch_size, batch_size=batch_size)
+            order = _balance(order, measures, first_cut=-start % batch_size, batch_size=batch_size)
         stream[start : start + examples] = order[: max(0, needed - start)]
     return stream.reshape(updates, batch_size)
 
 
 def sweep_windows(
-    tokens: Int[np.ndarray, " examples"],
-    scored: Int[np.ndarray, " examples"],
-    *,
-    batch_size: int,
+    sizes: Sizes, *, batch_size: int, examples: Int[np.ndarray, " wanted"] | None = None
 ) -> Int[np.ndarray, "updates batch_size"]:
     """Windows that hold every example exactly once; the last is filled up with -1.
 
     Args:
-        tokens: Unique tokens of each example.
-        scored: Scored tokens of each example.
+        sizes: What each example needs.
         batch_size: Examples a window.
+        examples: Indices of those to visit; None: all.
     """
-    examples = len(tokens)
-    order = np.random.default_rng(0).permutation(examples)
-    order = _balanced(order, np.stack([tokens, scored], axis=1).astype(np.float64), first_cut=0, batch_size=batch_size)
-    windows = np.full((math.ceil(examples / batch_size), batch_size), -1, np.int64)
-    windows.reshape(-1)[:examples] = order
+    measures = sizes.measures
+    examples = np.arange(len(measures)) if examples is None else examples
+    order = np.random.default_rng(0).permutation(len(examples))
+    order = _balance(order, measures[examples], first_cut=0, batch_size=batch_size)
+    windows = np.full((math.ceil(len(examples) / batch_size), batch_size), -1, np.int64)
+    windows.reshape(-1)[: len(examples)] = examples[order]
     return windows
 
 
-def _balanced(
+def _balance(
     order: Int[np.ndarray, " examples"],
     measures: Float[np.ndarray, "examples dims"],
     *,
@@ -117,7 +114,7 @@ def _balanced(
     bins[inside] = order
     padded = np.concatenate([measures, np.zeros((1, measures.shape[1]))])
     targets = counts[:, None] * measures.mean(axis=0)
-    bins = evened(
+    bins = even_out(
         bins, padded, targets, group=np.zeros(len(bins), np.int64), within=BALANCED_WITHIN / 10, movable=inside
     )
     return bins[inside]

@@ -26,14 +26,16 @@ class Losses(NamedTuple):
     """What an objective makes of n examples.
 
     Attributes:
-        losses: Per example, before weights; their sum is divided once, by what `Objective.per` counts.
+        losses: Per example, before weights; the update divides their sum by its examples.
         rewards: Implicit rewards of the responses; None where the objective has none.
         metrics: Further numbers per example that are worth a log line.
+        token_losses: A part that is summed over the tokens of response 0; the update divides it by all such tokens.
     """
 
     losses: Float[Array, " examples"]
     rewards: Float[Array, "examples responses"] | None
     metrics: dict[str, Float[Array, " examples"]]
+    token_losses: Float[Array, " examples"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,6 @@ class Objective:
         function: From `Responses` to `Losses`.
         responses: K it is made for; 1 takes response 0 of any example, None takes any K.
         reference: Whether it needs `log_ratios`.
-        per: What its sum is divided by: "examples", or the "tokens" of response 0.
         coupled: Whether an example's loss depends on the others of the update; such an objective sees the whole update
             at once.
     """
@@ -52,7 +53,6 @@ class Objective:
     function: Callable[..., Losses]
     responses: int | None = 2
     reference: bool = True
-    per: str = "examples"
     coupled: bool = False
 
 
@@ -78,7 +78,8 @@ def dpo(responses: Responses, *, beta: float = 0.1, label_smoothing: float = 0.0
 
     Returns:
         Losses in nats, ln 2 when the policy is the reference. The metric `gradient_weight` is σ(reward of rejected -
-        reward of chosen), which scales an example's gradient.
+        reward of chosen), the paper's weight of an example's gradient; smoothing lowers the weight itself by
+        `label_smoothing`.
 
     Raises:
         ValueError: If a hyper-parameter is out of range (at construction, never under jit).
@@ -193,10 +194,10 @@ def sft(responses: Responses) -> Losses:
         responses: Log-probs in nats, any K; only response 0 counts.
 
     Returns:
-        Losses in nats, summed over the tokens of each response; the update divides by its scored tokens, not by
-        examples.
+        Token losses in nats, summed over each response; the update divides them by its scored tokens, not by examples.
     """
-    return Losses(-responses.logps[:, 0], None, {})
+    nll = -responses.logps[:, 0]
+    return Losses(jnp.zeros_like(nll), None, {}, token_losses=nll)
 
 
 def bind(losses: Sequence[Mapping[str, Any]]) -> tuple[Term, ...]:
@@ -215,20 +216,23 @@ def bind(losses: Sequence[Mapping[str, Any]]) -> tuple[Term, ...]:
         if name not in OBJECTIVES:
             raise UserError(f"loss.name={name!r} is unknown; there are {', '.join(sorted(OBJECTIVES))}.")
         objective = OBJECTIVES[name]
-        known = list(inspect.signature(objective.function).parameters)[1:]
+        known = dict(list(inspect.signature(objective.function).parameters.items())[1:])
         unknown = sorted(set(arguments) - set(known))
         if unknown:
             raise UserError(
-                f"loss {name!r} takes {known}, not {unknown}; set config.loss as a whole when its name changes."
+                f"loss {name!r} takes {list(known)}, not {unknown}; set config.loss as a whole when its name changes."
             )
         for key, value in {"weight": weight, **arguments}.items():
+            if key != "weight" and known[key].annotation is not float:
+                continue  # text, switches: the objective checks them itself
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"loss {name!r}: {key}={value!r} must be a finite number.")
+            arguments |= {key: float(value)} if key != "weight" else {}
         if any(term.name == name for term in terms):
             raise UserError(
                 f"loss {name!r} occurs twice in config.loss and config.extra_losses; one term of it is enough."
             )
-        function = functools.partial(objective.function, **{key: float(value) for key, value in arguments.items()})
+        function = functools.partial(objective.function, **arguments)
         try:
             _trace(function, objective)
         except ValueError as error:
@@ -257,5 +261,5 @@ OBJECTIVES: dict[str, Objective] = {
     "ipo": Objective(ipo),
     "ipo_mean": Objective(ipo_mean),
     "simpo": Objective(simpo, reference=False),
-    "sft": Objective(sft, responses=1, reference=False, per="tokens"),
+    "sft": Objective(sft, responses=1, reference=False),
 }

@@ -6,6 +6,7 @@ its logical axes, and call those functions under scan and remat. Nothing here kn
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,15 @@ def outer_parameters(architecture: Architecture) -> dict[str, Parameter]:
     if not a.tie_word_embeddings:
         outer["lm_head"] = Parameter((a.vocab_size, a.hidden_size), ("vocab", "embed"))
     return outer
+
+
+def parameter_count(architecture: Architecture) -> int:
+    """Number of parameters."""
+    layer, outer = (
+        sum(math.prod(parameter.shape) for parameter in parameters(architecture).values())
+        for parameters in (layer_parameters, outer_parameters)
+    )
+    return architecture.num_hidden_layers * layer + outer
 
 
 def rms_norm(x: Float[Array, "*axes embed"], scale: Float[Array, " embed"], eps: float) -> Float[Array, "*axes embed"]:
@@ -188,9 +198,9 @@ def _declare(module: nn.Module, name: str, parameter: Parameter) -> Array:
     return value
 
 
-def projection(params: Params, architecture: Architecture, dtype: jax.typing.DTypeLike) -> Float[Array, "vocab embed"]:
-    """The vocabulary projection, in the compute dtype: the embedding itself where the two are tied."""
-    return params["embed_tokens" if architecture.tie_word_embeddings else "lm_head"].astype(dtype)
+def projection(params: Params, architecture: Architecture) -> Float[Array, "vocab embed"]:
+    """The vocabulary projection, in the dtype of the parameters: the embedding itself where the two are tied."""
+    return params["embed_tokens" if architecture.tie_word_embeddings else "lm_head"]
 
 
 def abstract_params(model: Decoder) -> tuple[Params, Params]:

@@ -84,8 +84,12 @@ _ROPE_KEYS = {
 }
 
 
-def read_architecture(path: str) -> Architecture:
+def read_architecture(path: str, option: str = "model.path") -> Architecture:
     """The architecture of a model directory.
+
+    Args:
+        path: The directory.
+        option: Which names it, for messages.
 
     Raises:
         UserError: If the directory or its `config.json` is missing or broken, or asks for something that is not
@@ -94,12 +98,12 @@ def read_architecture(path: str) -> Architecture:
     file = pathlib.Path(path) / "config.json"
     if not pathlib.Path(path).is_dir():
         raise UserError(
-            f"model.path={path!r} is not a directory; it must be a Hugging Face model directory "
+            f"{option}={path!r} is not a directory; it must be a Hugging Face model directory "
             "(config.json, *.safetensors, tokenizer.json). Download one with: "
             f"hf download ORGANIZATION/{pathlib.Path(path).name} --local-dir {path}"
         )
     if not file.is_file():
-        raise UserError(f"{path} has no config.json; model.path must be a Hugging Face model directory.")
+        raise UserError(f"{path} has no config.json; {option} must be a Hugging Face model directory.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         model_type = config["model_type"]
@@ -249,18 +253,6 @@ def _llama_ignored(name: str) -> bool:
 def _llama_copies(architecture: Architecture) -> dict[str, str]:
     """Some exports store the tied head a second time."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if architecture.tie_word_embeddings else {}
-
-
-def parameter_count(architecture: Architecture) -> int:
-    """Number of parameters."""
-    a = architecture
-    attention = a.hidden_size * a.head_dim * 2 * (a.num_attention_heads + a.num_key_value_heads)
-    layer = attention + 3 * a.hidden_size * a.intermediate_size + 2 * a.hidden_size
-    return (
-        math.prod((a.vocab_size, a.hidden_size, 1 if a.tie_word_embeddings else 2))
-        + a.num_hidden_layers * layer
-        + a.hidden_size
-    )
 
 
 FAMILIES: dict[str, Family] = {

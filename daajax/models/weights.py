@@ -241,8 +241,19 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
         architecture: What they are of.
         model_path: Directory the model came from.
         tokenizer_path: Directory the tokenizer came from.
+
+    Raises:
+        UserError: If the disk does not take it.
     """
-    target = pathlib.Path(path)
+    try:
+        _save(pathlib.Path(path), params, architecture, model_path, tokenizer_path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); make room, or name another --workdir.") from None
+
+
+def _save(
+    target: pathlib.Path, params: Params, architecture: Architecture, model_path: str, tokenizer_path: str
+) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

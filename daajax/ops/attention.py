@@ -174,9 +174,9 @@ def blockwise(
     first, last = jnp.where(seen, layout.first + shift, 0), jnp.where(seen, layout.last + shift, -1)
     first = jnp.pad(first, ((0, 0), (0, padding)))
     last = jnp.pad(last, ((0, 0), (0, padding)), constant_values=-1)
-    scaled = jnp.pad(queries * head_dim**-0.5, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    queries = jnp.pad(queries * head_dim**-0.5, ((0, 0), (0, padding), (0, 0), (0, 0)))
     blocks = rows * (length + padding) // QUERY_BLOCK
-    grouped = scaled.reshape(blocks, QUERY_BLOCK, kv_heads, heads // kv_heads, head_dim)
+    grouped = queries.reshape(blocks, QUERY_BLOCK, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(blocks, kv_heads, -1, head_dim)
     gathered = (_long_row(gather_keys(x, layout)) for x in (keys, values))
     output = _walk(grouped, *gathered, first.reshape(blocks, -1), last.reshape(blocks, -1))
@@ -213,7 +213,9 @@ def _walk_forward(queries, keys, values, first, last):
             weights = jnp.exp(scores - new_top[..., None])
             keep = jnp.exp(top - new_top)
             total = total * keep + weights.sum(axis=-1)
-            update = _matmul("nqk,nkd->nqd", weights.astype(values.dtype), _slice(values, at))
+            # Not rounded to the compute dtype: these weights are relative to a maximum that depends on where blocks
+            # begin, and so on the layout.
+            update = _matmul("nqk,nkd->nqd", weights, _slice(values, at).astype(jnp.float32))
             return new_top, total, output * keep[..., None] + update
 
         begin, steps = _range(first, last)

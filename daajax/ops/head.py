@@ -84,7 +84,8 @@ def token_statistics(
 
     Args:
         hidden: States that predict a scored token, in the compute dtype.
-        projection: Vocabulary projection, in the compute dtype.
+        projection: Vocabulary projection, in the dtype of the parameters: it is cast once, and its gradient has that
+            dtype, so that devices sum it in float32.
         targets: The scored tokens.
         count: Leading tokens that are real; the loops end behind them, and what lies behind is 0 and passes no
             gradient.
@@ -108,8 +109,9 @@ def token_statistics(
     padding = -tokens % chunk
     hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
     reference = None
-    if reference_hidden is not None:
-        reference = jax.lax.stop_gradient((jnp.pad(reference_hidden, ((0, padding), (0, 0))), reference_projection))
+    if reference_hidden is not None and reference_projection is not None:
+        reference_weights = reference_projection.astype(reference_hidden.dtype)
+        reference = jax.lax.stop_gradient((jnp.pad(reference_hidden, ((0, padding), (0, 0))), reference_weights))
     values: Any = _statistics(hidden, projection, targets, jnp.minimum(count, tokens), reference, names, chunk)
     return {name: value[:tokens] for name, value in zip(names, values, strict=True)}
 
@@ -120,9 +122,11 @@ def _statistics(hidden, projection, targets, count, reference, names, chunk):
 
 
 def _forward(hidden, projection, targets, count, reference, names, chunk):
+    weights = projection.astype(hidden.dtype)
+
     def visit(step, values):
         at = step * chunk
-        logits = _chunk_logits(hidden, projection, targets, reference, at, chunk)
+        logits = _chunk_logits(hidden, weights, targets, reference, at, chunk)
         real = at + jnp.arange(chunk) < count
         new = (jnp.where(real, STATISTICS[name][0](logits), 0) for name in names)
         return tuple(jax.lax.dynamic_update_slice(v, n, (at,)) for v, n in zip(values, new, strict=True))
@@ -134,11 +138,12 @@ def _forward(hidden, projection, targets, count, reference, names, chunk):
 
 def _backward(names, chunk, residuals, cotangents):
     hidden, projection, targets, count, reference, values = residuals
+    weights = projection.astype(hidden.dtype)
 
     def visit(step, carry):
         d_hidden, d_projection = carry
         at = step * chunk
-        logits = _chunk_logits(hidden, projection, targets, reference, at, chunk)
+        logits = _chunk_logits(hidden, weights, targets, reference, at, chunk)
         real = at + jnp.arange(chunk) < count
         d_logits = jnp.zeros_like(logits.log_probs)
         for name, value, cotangent in zip(names, values, cotangents, strict=True):
@@ -146,7 +151,7 @@ def _backward(names, chunk, residuals, cotangents):
             d_logits += jnp.where(real, cotangent, 0)[:, None] * STATISTICS[name][1](logits, value)
         d_logits = d_logits.astype(hidden.dtype)  # the two products below run in the compute dtype, summed in float32
         states = jax.lax.dynamic_slice_in_dim(hidden, at, chunk)
-        d_states = _product(d_logits, projection, ((1,), (0,))).astype(hidden.dtype)
+        d_states = _product(d_logits, weights, ((1,), (0,))).astype(hidden.dtype)
         d_projection += _product(d_logits, states, ((0,), (0,)))
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_states, at, axis=0), d_projection
 

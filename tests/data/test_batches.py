@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from daajax.data.batches import LAYOUT, Batches
-from daajax.data.packing import Sizes, pack
+from daajax.data.packing import pack
+from daajax.data.sizes import Sizes
 from daajax.data.tokens import Ids, TokenizedData, array_digest, digest
 from daajax.data.windows import sweep_windows, training_windows
 
@@ -77,11 +78,9 @@ def planned(data, *, prefix_sharing=True, batch_size=8, updates=3, sweep=False, 
     """A plan for data with the options of `pack`."""
     sizes = Sizes.of(data, prefix_sharing=prefix_sharing)
     if sweep:
-        order = sweep_windows(sizes.tokens, sizes.scored, batch_size=batch_size)
+        order = sweep_windows(sizes, batch_size=batch_size)
     else:
-        order = training_windows(
-            sizes.tokens, sizes.scored, batch_size=batch_size, updates=updates, shuffle=True, seed=1
-        )
+        order = training_windows(sizes, batch_size=batch_size, updates=updates, shuffle=True, seed=1)
     defaults = dict(packing=True, micro_batches=1)
     return pack(order, sizes, row_multiple=row_multiple, **defaults | options)
 
@@ -201,7 +200,9 @@ def test_token_indices_lead_back_to_every_scored_token_of_the_update_once(case, 
     _, data, _ = case
     batches = Batches(data, plan)
     for update in range(plan.updates):
-        batch, indices = batches[update], batches.token_indices(update)
+        batch, indices = batches.fill(update)
+        np.testing.assert_array_equal(indices, batches.token_indices(update))
+        assert batch.keys() == batches[update].keys() == LAYOUT.keys()
         real = indices >= 0
         np.testing.assert_array_equal(real, batch["owners"] >= 0)
         np.testing.assert_array_equal(data.tokens[indices[real]], batch["targets"][real])

@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from daajax.data.packing import Plan, Shape, Sizes, pack
+from daajax.data.packing import Plan, Shape, pack, parse_row_length
+from daajax.data.sizes import Sizes
 from daajax.data.token_cache import tokenized
 from daajax.data.windows import sweep_windows, training_windows
 from daajax.errors import UserError
@@ -47,7 +48,7 @@ def check(plan, data):
 
 def planned(data, *, prefix_sharing=True, batch_size=8, updates=4, row_multiple=2, **options):
     sizes = Sizes.of(data, prefix_sharing=prefix_sharing)
-    order = training_windows(sizes.tokens, sizes.scored, batch_size=batch_size, updates=updates, shuffle=True, seed=1)
+    order = training_windows(sizes, batch_size=batch_size, updates=updates, shuffle=True, seed=1)
     return pack(order, sizes, row_multiple=row_multiple, **dict(packing=True, micro_batches=1) | options)
 
 
@@ -96,7 +97,7 @@ def test_every_example_lies_in_one_row_and_no_row_exceeds_a_capacity(options, re
     assert (plan.micro_batches, plan.prefix_sharing) == (options.get("micro_batches", 1), prefix_sharing)
     assert plan.rows % options.get("row_multiple", 2) == 0
     assert plan.rows == options.get("rows", plan.rows)
-    assert len(plan.shapes) == min(options.get("shapes", 1), plan.updates)
+    assert len(set(plan.shapes)) == len(plan.shapes) <= options.get("shapes", 1)
     for shape in plan.shapes:
         assert (shape.length % 128, shape.keys % 128, shape.scored % 8) == (0, 0, 0)
     if "row_length" in options:
@@ -151,10 +152,21 @@ def test_several_shapes_sort_updates_by_length():
     assert check(two, data)["length"] > check(one, data)["length"]
 
 
+def test_shapes_that_come_out_the_same_are_one():
+    # Four updates of the same examples: however they are sorted, they need the same rows.
+    data = tokenized_data(random_examples(8))
+    order = np.tile(np.arange(8), (4, 1))
+    options = dict(packing=True, micro_batches=1, row_multiple=2)
+    one, four = (pack(order, Sizes.of(data, prefix_sharing=True), shapes=shapes, **options) for shapes in (1, 4))
+    assert four.shapes == one.shapes
+    assert four.shape_of.tolist() == [0, 0, 0, 0]
+    assert check(four, data) == check(one, data)
+
+
 def test_a_ragged_last_window_packs_what_there_is():
     data = tokenized_data(random_examples(21))
     sizes = Sizes.of(data, prefix_sharing=True)
-    order = sweep_windows(sizes.tokens, sizes.scored, batch_size=16)
+    order = sweep_windows(sizes, batch_size=16)
     for packing in (True, False):
         plan = pack(order, sizes, packing=packing, micro_batches=2, row_multiple=2)
         check(plan, data)
@@ -196,7 +208,6 @@ def test_the_report_has_the_layout_and_the_efficiency_of_each_capacity(data):
     [
         ({"rows": 3}, r"^packing\.rows=3 must be a positive multiple of 2, .*$"),
         ({"rows": 0}, r"^packing\.rows=0 must be a positive multiple of 2, .*$"),
-        ({"row_length": 200}, r"^packing\.row_length=200 must be a multiple of 128, .*$"),
         ({"rows": 2, "row_length": 128}, r"^a row would need \d+ tokens but packing\.row_length=128; raise .*$"),
         ({"packing": False, "rows": 2}, r"^packing\.enabled=False gives each of 8 examples a row, but .*rows=2.*$"),
         (
@@ -210,6 +221,24 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(options, message):
     data = tokenized_data(random_examples(24, longest_prompt=60, longest_response=30))
     with pytest.raises(UserError, match=message) as error:
         planned(data, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "row_length"), [("auto", None), (128, 128), (2048, 2048), ("128", 128), ("2048", 2048)]
+)
+def test_a_row_length_is_auto_or_a_number_that_may_come_as_text(option, row_length):
+    assert parse_row_length(option) == row_length
+
+
+@pytest.mark.parametrize(
+    "option",
+    [200, "200", 64, 0, "0", -128, "-128", "256.0", "1e3", "", "Auto", "none", " 128", "9" * 5000, "128\n", "²", True],
+)
+def test_any_other_row_length_is_refused_in_one_line(option):
+    message = r"^config\.packing\.row_length=.* must be a positive multiple of 128, or auto for the smallest .*$"
+    with pytest.raises(UserError, match=message) as error:
+        parse_row_length(option)
     assert "\n" not in str(error.value)
 
 

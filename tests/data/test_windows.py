@@ -1,22 +1,23 @@
 import numpy as np
 import pytest
 
-from daajax.data.packing import Sizes
+from daajax.data.sizes import Sizes
 from daajax.data.windows import describe, sweep_windows, training_windows, updates_of
 from daajax.errors import UserError
 from tests.data.test_batches import random_examples, tokenized_data
 
 
-def random_lengths(examples, seed=0):
-    """Unique and scored tokens of examples as preference data have them: log-normal, cut at 1,024."""
+def random_sizes(examples, seed=0):
+    """Sizes of examples as preference data have them: log-normal, cut at 1,024."""
     rng = np.random.default_rng(seed)
     tokens = np.clip(rng.lognormal(5.5, 0.7, examples), 16, 1024).astype(np.int64)
-    return tokens, (tokens * rng.uniform(0.2, 0.9, examples)).astype(np.int64)
+    scored = (tokens * rng.uniform(0.2, 0.9, examples)).astype(np.int64)
+    return Sizes(tokens, tokens, scored, tokens, prefix_sharing=True)
 
 
 def windows_of(examples=101, *, batch_size=8, updates=40, shuffle=True, seed=3, data_seed=0):
-    tokens, scored = random_lengths(examples, data_seed)
-    return training_windows(tokens, scored, batch_size=batch_size, updates=updates, shuffle=shuffle, seed=seed)
+    sizes = random_sizes(examples, data_seed)
+    return training_windows(sizes, batch_size=batch_size, updates=updates, shuffle=shuffle, seed=seed)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -55,7 +56,7 @@ def test_shuffling_mixes_the_file_from_one_end_to_the_other():
 @pytest.mark.parametrize(("examples", "batch_size"), [(1600, 64), (1601, 64), (1000, 16), (5403, 64)])
 @pytest.mark.parametrize("data_seed", [0, 1])
 def test_windows_agree_in_tokens_within_one_percent(examples, batch_size, data_seed):
-    tokens, _ = random_lengths(examples, data_seed)
+    tokens = random_sizes(examples, data_seed).tokens
     updates = 2 * examples // batch_size  # windows that straddle two epochs included
     windows = windows_of(examples, batch_size=batch_size, updates=updates, data_seed=data_seed)
     totals = tokens[windows].sum(axis=1)
@@ -77,9 +78,7 @@ def test_windows_do_not_depend_on_the_layout(responses):
     orders = []
     for prefix_sharing in (True, False):
         sizes = Sizes.of(data, prefix_sharing=prefix_sharing)
-        orders.append(
-            training_windows(sizes.tokens, sizes.scored, batch_size=8, updates=10, shuffle=True, seed=0).tolist()
-        )
+        orders.append(training_windows(sizes, batch_size=8, updates=10, shuffle=True, seed=0).tolist())
     assert orders[0] == orders[1]
 
 
@@ -90,8 +89,7 @@ def test_fewer_examples_than_an_update_needs_are_refused_in_one_line():
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(101, 8), (96, 8), (5, 8), (1, 1)])
 def test_a_sweep_visits_every_example_once_and_fills_up_at_the_end(examples, batch_size):
-    tokens, scored = random_lengths(examples)
-    windows = sweep_windows(tokens, scored, batch_size=batch_size)
+    windows = sweep_windows(random_sizes(examples), batch_size=batch_size)
     flat = windows.reshape(-1)
     assert windows.shape == (-(-examples // batch_size), batch_size)
     assert sorted(flat[:examples].tolist()) == list(range(examples))
@@ -99,9 +97,20 @@ def test_a_sweep_visits_every_example_once_and_fills_up_at_the_end(examples, bat
 
 
 def test_full_windows_of_a_sweep_agree_in_tokens_within_one_percent():
-    tokens, scored = random_lengths(1601)
-    windows = sweep_windows(tokens, scored, batch_size=64)
-    totals = tokens[windows[:-1]].sum(axis=1)
+    sizes = random_sizes(1601)
+    windows = sweep_windows(sizes, batch_size=64)
+    totals = sizes.tokens[windows[:-1]].sum(axis=1)
+    assert totals.max() / totals.min() <= 1.01
+
+
+def test_a_sweep_of_some_examples_visits_those_and_evens_out_their_tokens():
+    sizes = random_sizes(1601)
+    some = np.nonzero(sizes.tokens > 250)[0]
+    windows = sweep_windows(sizes, batch_size=64, examples=some)
+    flat = windows.reshape(-1)
+    assert sorted(flat[: len(some)].tolist()) == some.tolist()
+    assert (flat[len(some) :] == -1).all()
+    totals = sizes.tokens[windows[:-1]].sum(axis=1)
     assert totals.max() / totals.min() <= 1.01
 
 

@@ -220,10 +220,11 @@ def test_simpo_is_indifferent_to_the_reference_and_dpo_to_the_lengths():
 def test_sft_is_the_negative_log_likelihood_of_the_first_response(responses):
     given = random_responses(responses=responses)
     result = objectives.sft(given)
-    np.testing.assert_array_equal(result.losses, -given.logps[:, 0])
+    np.testing.assert_array_equal(result.token_losses, -given.logps[:, 0])
+    np.testing.assert_array_equal(result.losses, 0)
     assert result.rewards is None
     (term,) = bind([dict(name="sft")])
-    assert (term.objective.per, term.objective.reference, term.objective.responses) == ("tokens", False, 1)
+    assert (term.objective.reference, term.objective.responses) == (False, 1)
 
 
 def test_scores_of_a_response_that_there_is_not_are_zero():

@@ -9,7 +9,8 @@ import pytest
 
 from daajax import sharding
 from daajax.models import decoder
-from daajax.models.families import FAMILIES, Rope, parameter_count
+from daajax.models.decoder import parameter_count
+from daajax.models.families import FAMILIES, Rope
 from daajax.ops import attention
 from tests.oracle import make_values as oracle
 
@@ -231,6 +232,6 @@ def test_parameters_are_drawn_in_their_own_dtype():
 def test_the_projection_is_the_head_or_the_embedding_it_is_tied_to(name):
     model = model_of(name)
     params = decoder.init_params(model, jax.random.key(0))
-    found = decoder.projection(params, model.architecture, jnp.float32)
+    found = decoder.projection(params, model.architecture)
     np.testing.assert_array_equal(found, params["embed_tokens" if name == "llama31" else "lm_head"])
     assert ("lm_head" in params) == (name == "llama2")

@@ -9,11 +9,13 @@ import pytest
 
 from daajax import sharding
 from daajax.data.batches import Batches
-from daajax.data.packing import Sizes, pack
+from daajax.data.packing import pack
+from daajax.data.sizes import Sizes
 from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 from daajax.models import decoder, weights
-from daajax.models.families import Rope, parameter_count, read_architecture
+from daajax.models.decoder import parameter_count
+from daajax.models.families import Rope, read_architecture
 from daajax.scoring import Scorer
 from tests.oracle import make_values as oracle
 

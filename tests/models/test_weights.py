@@ -176,7 +176,7 @@ def test_an_export_that_fails_leaves_no_directory_and_the_next_one_cleans_up(tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(UserError, match="disk full"):
             save(tmp_path / "saved", params, path)
     assert not (tmp_path / "saved").exists()
     (tmp_path / "saved.partial" / "left.over").touch()
@@ -194,7 +194,7 @@ def test_an_export_that_fails_keeps_the_directory_it_would_replace(tmp_path, mon
         raise OSError("disk full")
 
     monkeypatch.setattr(shutil, "copyfile", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         save(tmp_path / "saved", jax.tree.map(jnp.zeros_like, params), path)
     assert tensors_of(tmp_path / "saved") == before
 
