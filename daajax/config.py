@@ -12,7 +12,7 @@ from daajax.data.packing import parse_row_length
 from daajax.data.sources import SOURCES
 from daajax.data.tokenization import SCORES, TRUNCATIONS
 from daajax.errors import UserError
-from daajax.losses.objectives import bind
+from daajax.losses.terms import bind
 from daajax.models.decoder import REMAT
 from daajax.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer
 from daajax.scoring import ATTENTION

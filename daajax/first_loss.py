@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from daajax.config import Config
 from daajax.console import say
 from daajax.errors import UserError
-from daajax.losses.objectives import Term
+from daajax.losses.terms import Term
 from daajax.run import Reference
 from daajax.scoring import Batch, response_sums
 from daajax.step import Counts, Order, Sums, loss_of

@@ -7,7 +7,7 @@ from daajax import command, run, sharding
 from daajax.config import Config, losses
 from daajax.console import say
 from daajax.errors import UserError
-from daajax.losses.objectives import bind
+from daajax.losses.terms import bind
 from daajax.models.families import read_architecture
 
 

@@ -19,7 +19,7 @@ from daajax.data.sizes import Sizes
 from daajax.data.token_cache import tokenized
 from daajax.data.tokens import TokenizedData, summary
 from daajax.errors import UserError
-from daajax.losses.objectives import Term
+from daajax.losses.terms import Term
 from daajax.models import decoder, weights
 from daajax.models.decoder import Params
 from daajax.models.families import Architecture, read_architecture

@@ -15,8 +15,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from daajax import metrics
-from daajax.losses.objectives import Term
 from daajax.losses.scores import Responses
+from daajax.losses.terms import Term
 from daajax.models.decoder import Params
 from daajax.scoring import Scorer, response_sums
 

@@ -20,7 +20,7 @@ from daajax.data.batches import Batches
 from daajax.data.packing import Plan
 from daajax.data.windows import describe
 from daajax.errors import UserError
-from daajax.losses.objectives import bind
+from daajax.losses.terms import bind
 from daajax.models import weights
 from daajax.models.decoder import parameter_count
 from daajax.models.families import read_architecture

@@ -7,7 +7,7 @@ from daajax import command, config, folder, optimizer, run, sharding
 from daajax.config import losses, resolve
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
-from daajax.losses.objectives import bind
+from daajax.losses.terms import bind
 from daajax.models.families import read_architecture
 from tests import worlds
 

@@ -11,7 +11,7 @@ from daajax import run, sharding
 from daajax.config import losses
 from daajax.data.sizes import Sizes
 from daajax.data.windows import sweep_windows
-from daajax.losses.objectives import bind
+from daajax.losses.terms import bind
 from daajax.models.families import read_architecture
 from daajax.reference import examples_of, responses_of
 from tests import worlds

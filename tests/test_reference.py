@@ -275,7 +275,7 @@ def logps(world, *overrides, devices=1):
     """What a run reads of its reference: one number a token."""
     from daajax import run, sharding
     from daajax.config import losses
-    from daajax.losses.objectives import bind
+    from daajax.losses.terms import bind
     from daajax.models.families import read_architecture
 
     with worlds.visible(devices):

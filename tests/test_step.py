@@ -12,8 +12,9 @@ from daajax import first_loss, sharding, step
 from daajax.data.batches import Batches
 from daajax.data.tokens import TokenizedData
 from daajax.losses import links
-from daajax.losses.objectives import Losses, Objective, Term, bind, dpo
+from daajax.losses.objectives import Losses, Objective, dpo
 from daajax.losses.scores import gap, log_ratios
+from daajax.losses.terms import Term, bind
 from daajax.optimizer import make_optimizer, make_schedule
 from daajax.scoring import Scorer
 from tests.data.test_batches import planned, tokenized_data

@@ -7,17 +7,13 @@ To add one: a function of `Responses` with keyword-only hyper-parameters, under 
 
 import dataclasses
 import functools
-import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from daajax.errors import UserError
 from daajax.losses import links, scores
 from daajax.losses.scores import Responses, gap
 
@@ -54,16 +50,6 @@ class Objective:
     responses: int | None = 2
     reference: bool = True
     coupled: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """An objective with its hyper-parameters, and its weight in the loss."""
-
-    name: str
-    objective: Objective
-    loss: Callable[[Responses], Losses]
-    weight: float = 1.0
 
 
 def dpo(responses: Responses, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Losses:
@@ -198,57 +184,6 @@ def sft(responses: Responses) -> Losses:
     """
     nll = -responses.logps[:, 0]
     return Losses(jnp.zeros_like(nll), None, {}, token_losses=nll)
-
-
-def bind(losses: Sequence[Mapping[str, Any]]) -> tuple[Term, ...]:
-    """Makes terms from `config.loss` and `config.extra_losses`, and checks every hyper-parameter.
-
-    Args:
-        losses: Mappings with `name`, optionally `weight`, and the objective's own hyper-parameters.
-
-    Raises:
-        UserError: If a name is unknown, a hyper-parameter is not the objective's, or it is out of range.
-    """
-    terms = []
-    for loss in losses:
-        arguments = dict(loss)
-        name, weight = arguments.pop("name", None), arguments.pop("weight", 1.0)
-        if name not in OBJECTIVES:
-            raise UserError(f"loss.name={name!r} is unknown; there are {', '.join(sorted(OBJECTIVES))}.")
-        objective = OBJECTIVES[name]
-        known = dict(list(inspect.signature(objective.function).parameters.items())[1:])
-        unknown = sorted(set(arguments) - set(known))
-        if unknown:
-            raise UserError(
-                f"loss {name!r} takes {list(known)}, not {unknown}; set config.loss as a whole when its name changes."
-            )
-        for key, value in {"weight": weight, **arguments}.items():
-            if key != "weight" and known[key].annotation is not float:
-                continue  # text, switches: the objective checks them itself
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"loss {name!r}: {key}={value!r} must be a finite number.")
-            arguments |= {key: float(value)} if key != "weight" else {}
-        if any(term.name == name for term in terms):
-            raise UserError(
-                f"loss {name!r} occurs twice in config.loss and config.extra_losses; one term of it is enough."
-            )
-        function = functools.partial(objective.function, **arguments)
-        try:
-            _trace(function, objective)
-        except ValueError as error:
-            raise UserError(f"loss {name!r}: {error}") from None
-        terms.append(Term(name, objective, function, float(weight)))
-    return tuple(terms)
-
-
-def _trace(function: Callable[[Responses], Losses], objective: Objective) -> None:
-    """Traces an objective on nothing, so that a hyper-parameter out of range is known before anything is compiled."""
-
-    def traced(logps: Array, lengths: Array) -> Losses:
-        return function(Responses(logps, logps if objective.reference else None, lengths))
-
-    shape = (1, objective.responses or 2)
-    jax.eval_shape(traced, np.zeros(shape, np.float32), np.ones(shape, np.int32))
 
 
 def _need(name: str, value: float, condition: bool, needed: str) -> None:

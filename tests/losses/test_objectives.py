@@ -15,8 +15,9 @@ import pytest
 
 from daajax.errors import UserError
 from daajax.losses import objectives, scores
-from daajax.losses.objectives import OBJECTIVES, bind
+from daajax.losses.objectives import OBJECTIVES
 from daajax.losses.scores import Responses
+from daajax.losses.terms import bind
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
