@@ -5,7 +5,7 @@
 
 The first is TRL 1.16.0's own run, update by update: the first 240 pairs in file order, 8 a time, learning rate 1e-4;
 the loss goes from 0.693147 to 0.49516 in 30 updates. The second learns: 2,400 pairs, 150 updates of 16; held-out
-accuracy rises from chance to more than 80 %. On two CPU cores the first takes about a minute, the second up to five.
+accuracy rises from chance to more than 80 %. On two CPU cores the first takes half a minute, the second up to five.
 Model and data are found through the environment variable DAAJAX_ASSETS, or named by --config.model.path and
 --config.data.path.
 """
