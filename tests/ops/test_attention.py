@@ -309,3 +309,22 @@ def test_scores_beyond_what_exp_can_hold_stay_finite():
     assert all(np.isfinite(x).all() for x in found)
     # One key takes all the weight unless two tie: rounding of 1e4 by 6e-8 is 1e-3 nats.
     np.testing.assert_allclose(found[0], by_the_rule(rows, *arrays)[0], rtol=1e-2, atol=1e-2)
+
+
+def test_bfloat16_outputs_do_not_depend_on_where_a_response_lies():
+    """Rounding to bfloat16 may differ where a float32 sum lies on the edge, not in general."""
+    prompt, response = 150, 60
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(1, prompt + response, 2, 8)), jnp.bfloat16) for _ in range(3))
+
+    def outputs(before: int):
+        """Of the second response, behind a first one of so many tokens."""
+        branches = jnp.asarray([[0] * prompt + [1] * before + [2] * response], jnp.int32)
+        layout = attention.key_layout(jnp.ones_like(branches), branches, responses=2, keys=640)
+        between = jnp.ones((1, before, 2, 8), jnp.bfloat16)
+        placed = (jnp.concatenate([x[:, :prompt], between, x[:, prompt:]], axis=1) for x in (q, k, v))
+        return np.asarray(attention.blockwise(*placed, layout)[0, -response:], np.float32)
+
+    first, second = outputs(37), outputs(50)
+    assert (first != second).mean() < 0.01
+    np.testing.assert_allclose(first, second, rtol=2**-7, atol=2**-9)
