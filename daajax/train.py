@@ -56,6 +56,18 @@ def train(config: Config, workdir: str) -> None:
     plan = run.make_plan(config, data, mesh)
     for line in [describe(plan.updates, plan.batch_size, len(data.weights)), *plan.report()]:
         say(f"plan: {line}")
+    schedule = make_schedule(
+        learning_rate=config.optimizer.learning_rate,
+        schedule=config.optimizer.schedule,
+        warmup_steps=config.optimizer.warmup_steps,
+        updates=plan.updates,
+    )
+    optimizer = make_optimizer(
+        config.optimizer.name,
+        schedule,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        hyperparameters=hyperparameters(config),
+    )
     scorer = run.make_scorer(config, architecture, mesh)
     params, param_shardings = run.load_params(
         config.model.path, scorer, mesh, random_seed=config.seed if config.model.random_init else None
@@ -71,19 +83,7 @@ def train(config: Config, workdir: str) -> None:
         reference = run.load_reference(config, data, plan, scorer, params, mesh)
     batches = Batches(data, plan, None if reference is None else reference.logps)
 
-    # ------------------------------------------------------------------ optimizer state and the compiled update
-    schedule = make_schedule(
-        learning_rate=config.optimizer.learning_rate,
-        schedule=config.optimizer.schedule,
-        warmup_steps=config.optimizer.warmup_steps,
-        updates=plan.updates,
-    )
-    optimizer = make_optimizer(
-        config.optimizer.name,
-        schedule,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        hyperparameters=hyperparameters(config),
-    )
+    # ------------------------------------------------------------------ the state and the compiled update
     whole = sharding.replicated(mesh)
     moments = sharding.optimizer_shardings(mesh, optimizer, params, param_shardings)
     state = step.TrainState(

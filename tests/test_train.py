@@ -410,3 +410,18 @@ def test_only_visible_devices_make_the_mesh(world, tmp_path, capsys):
     worlds.train(tmp_path / "one", *world.flags, "--config.steps=1")
     assert "devices: 1 " in capsys.readouterr().out
     assert jax.device_count() == 8
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of the rate itself
+def test_a_last_update_that_ruins_the_parameters_writes_no_model(world, tmp_path):
+    """Loss and gradient norm are those of the parameters before it, and are sound."""
+    with pytest.raises(UserError, match="the last update made parameters that are not finite"):
+        worlds.train(tmp_path / "run", *world.flags, "--config.steps=1", "--config.optimizer.learning_rate=1e39")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_warm_up_that_outlasts_the_run_is_refused_before_the_reference_pass(world, tmp_path, capsys):
+    with pytest.raises(UserError, match="warmup_steps=9 but the run has 2 updates"):
+        worlds.train(tmp_path / "run", *world.flags, "--config.steps=2", "--config.optimizer.warmup_steps=9")
+    assert "reference" not in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
