@@ -25,12 +25,36 @@ def loss(name: str, **hyperparameters: float) -> config_dict.ConfigDict:
     return config_dict.ConfigDict({"name": name, "weight": 1.0} | defaults | hyperparameters)
 
 
+def optional_int() -> Any:
+    """An integer that may be None."""
+    return config_dict.placeholder(int)
+
+
+def optional_float() -> Any:
+    """A number that may be None."""
+    return config_dict.placeholder(float)
+
+
+def optional_text() -> Any:
+    """Text that may be None."""
+    return config_dict.placeholder(str)
+
+
+def _data() -> Any:
+    """Where examples come from."""
+    data: Any = config_dict.ConfigDict()
+    data.name = "jsonl"  # kind of source: jsonl (also .jsonl.gz)
+    data.path = optional_text()  # where it is
+    data.limit = optional_int()  # first so many examples; None: all
+    data.truncation = "truncate"  # examples over the limits of length: truncate or drop
+    data.max_bad_rows = 0  # malformed rows that are skipped and counted before the run refuses the data
+    data.cache_dir = "~/.cache/daajax/tokens"  # tokenized data; None: not kept
+    return data
+
+
 def get_config() -> Any:
     """The defaults, locked: an unknown key is an error."""
     config: Any = config_dict.ConfigDict()
-    optional_int = lambda: config_dict.placeholder(int)  # noqa: E731 - reads as a type
-    optional_float = lambda: config_dict.placeholder(float)  # noqa: E731
-    optional_text = lambda: config_dict.placeholder(str)  # noqa: E731
 
     config.seed = 0  # with the data it fixes the whole run
 
@@ -47,14 +71,9 @@ def get_config() -> Any:
     config.chat.template = optional_text()  # Jinja file or text; None: the tokenizer's own
     config.chat.score = "last"  # which assistant turns are scored: last, or all (only with one response an example)
 
-    config.data = config_dict.ConfigDict()
-    config.data.name = "jsonl"  # kind of source: jsonl (also .jsonl.gz)
-    config.data.path = optional_text()  # where it is; required
+    config.data = _data()  # what is learned from; data.path is required
     config.data.shuffle = True  # False: file order
-    config.data.limit = optional_int()  # first so many examples; None: all
-    config.data.truncation = "truncate"  # examples over the limits below: truncate or drop
-    config.data.max_bad_rows = 0  # malformed rows that are skipped and counted before the run refuses the data
-    config.data.cache_dir = "~/.cache/daajax/tokens"  # tokenized data; None: not kept
+    config.eval_data = _data()  # held-out data, with options of their own; path None: there are none
 
     config.max_length = 2048  # tokens of prompt and one response together
     # last tokens kept of a longer prompt, beside BOS; None: the prompt is not cut
@@ -100,6 +119,18 @@ def get_config() -> Any:
     # auto: the best for the platform; blockwise: visits only visible keys; dense: builds the whole mask, the oracle
     config.attention = "auto"
     config.remat = "none"  # what the backward pass recomputes: none (fastest), dots, full (least memory)
+
+    config.eval = config_dict.ConfigDict()
+    config.eval.every = optional_int()  # updates between evaluations on eval_data; None: only after the last one
+
+    config.checkpoint = config_dict.ConfigDict()
+    config.checkpoint.every = 500  # updates; there is always one of the last update
+    config.checkpoint.keep = 1  # latest ones
+    # keep the best too: by eval/loss, eval/rewards/accuracies or eval/rewards/margins; evaluates before each checkpoint
+    config.checkpoint.best = optional_text()
+    # what an unfinished run in the workdir means: auto: go on with it, if the config still fits; never: refuse it;
+    # force: go on though the config does not fit
+    config.resume = "auto"
 
     config.log = config_dict.ConfigDict()
     config.log.every = 10  # updates

@@ -7,36 +7,69 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from configs import base
+from daajax import folder
 from daajax.config import Config, resolve
 from daajax.errors import UserError
 
 _USAGE = """usage: python -m daajax.{name} --config=configs/RECIPE.py[:ARGUMENT] [--workdir=DIR] [--config.key=value …]
 Every option with its meaning is in configs/base.py."""
+_USAGE_AT = """usage: python -m daajax.{name} --workdir=DIR{options} [--config.key=value …]
+DIR is a run's folder. Every option with its meaning is in configs/base.py."""
 
 
 def run(main: Callable[[Config, str], None], name: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a command and ends the process: exit code 0 done, 1 a clear error, 130 stopped from the keyboard.
+    """Runs a command that starts from a config, and ends the process.
 
     Args:
         main: Takes the resolved config and the run's folder.
         name: Of the command.
-        argv: Arguments; None takes the process's.
+        argv: Arguments, program name first; None takes the process's.
+    """
+    end_with(lambda arguments: main(*parse(arguments, name)), _USAGE.format(name=name), argv)
+
+
+def run_at(main: Callable[..., None], name: str, argv: Sequence[str] | None = None, **options: type) -> None:
+    """Runs a command that starts from a run's folder, and ends the process.
+
+    Args:
+        main: Takes the run's config, its folder, and by name those of its options that are given.
+        name: Of the command.
+        argv: Arguments, program name first; None takes the process's.
+        **options: Its options and their types.
+    """
+    usage = _USAGE_AT.format(name=name, options="".join(f" [--{option}=…]" for option in options))
+
+    def act(arguments: list[str]) -> None:
+        config, workdir, values = parse_at(arguments, name, options)
+        main(config, workdir, **{option: value for option, value in values.items() if value is not None})
+
+    end_with(act, usage, argv)
+
+
+def end_with(main: Callable[[list[str]], None], usage: str, argv: Sequence[str] | None = None) -> None:
+    """Runs a command on its arguments and ends the process: exit code 0 done, 1 a clear error, 130 from the keyboard.
+
+    Args:
+        main: Takes the arguments, program name first.
+        usage: What --help prints.
+        argv: The arguments; None takes the process's.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     arguments = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "-help"} & set(arguments):
-        sys.stdout.write(_USAGE.format(name=name) + "\n")
+        sys.stdout.write(usage + "\n")
         sys.exit(0)
     try:
-        main(*parse(arguments, name))
+        main(arguments)
     except UserError as error:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
@@ -53,46 +86,87 @@ def parse(argv: Sequence[str], name: str) -> tuple[Config, str]:
     Raises:
         UserError: If anything on the line is not understood.
     """
-    recipe, argv = _recipe(argv)
+    recipe, argv = _taken("config", argv)
     if not recipe:
         raise UserError(
             f"no recipe: python -m daajax.{name} --config=configs/dpo_llama.py [--workdir=DIR] [--config.key=value …]"
         )
     file, _, argument = recipe.partition(":")
-    config = _load(file, argument)
+    config, values = _overridden(_load(file, argument), argv, {"workdir": str})
+    stem = pathlib.Path(file).stem + (f"-{argument.replace('/', '_')}" if argument else "")
+    return config, values["workdir"] or str(pathlib.Path("runs") / stem)
+
+
+def parse_at(argv: Sequence[str], name: str, options: Mapping[str, type]) -> tuple[Config, str, dict[str, Any]]:
+    """From arguments, program name first, to the config of a run, its folder and the command's own options.
+
+    Args:
+        argv: The arguments.
+        name: Of the command, for messages.
+        options: Its flags and their types; None is the value of one that is not given.
+
+    Raises:
+        UserError: If anything on the line is not understood, or there is no run.
+    """
+    workdir, argv = _taken("workdir", argv)
+    if not workdir:
+        raise UserError(f"no run: python -m daajax.{name} --workdir=DIR, the folder of a run.")
+    if _taken("config", argv)[0]:
+        raise UserError(f"daajax.{name} reads the config of the run in --workdir; give it --config.key=value alone.")
+    stored = folder.read_config(pathlib.Path(workdir))
+    config = base.get_config().unlock()
+    _fill(config, stored)
+    config, values = _overridden(config.lock(), argv, options)
+    return config, workdir, values
+
+
+def _fill(config: Config, stored: Mapping[str, Any]) -> None:
+    """Puts the values of a stored config into one that has their types."""
+    for key, value in stored.items():
+        if key == "loss":
+            config[key] = config_dict.ConfigDict(value)
+        elif isinstance(value, Mapping) and isinstance(config.get(key), config_dict.ConfigDict):
+            _fill(config[key], value)
+        elif value is not None or config.get(key) is not None:
+            config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]) -> tuple[Config, dict[str, Any]]:
+    """A config with what the command line changes, resolved, and the values of the command's own options."""
     for option in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", a) for a in argv)):
         _place(config, option[1])
     unset = [a.partition("=")[0] for a in argv if a.startswith("--config.") and a.endswith("=None")]
     argv = [a for a in argv if a.partition("=")[0] not in unset]
     values = flags.FlagValues()
+    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        for option, kind in options.items():
+            define[kind](option, None, "", flag_values=values)
         rest = values(argv)
     except Exception as error:  # from another library, of several kinds: whatever it is, the line is at fault
         raise UserError(_one_line(error)) from None
     for option in unset:
-        folder, key = _place(config, option.removeprefix("--config."))
-        if isinstance(folder[key], config_dict.ConfigDict):
+        place, key = _place(config, option.removeprefix("--config."))
+        if isinstance(place[key], config_dict.ConfigDict):
             raise UserError(f"{option}=None unsets several options; unset them one by one.")
-        folder[key] = None  # a flag of the option's type would refuse it
+        place[key] = None  # a flag of the option's type would refuse it
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not understood; options look like --config.key=value.")
-    stem = pathlib.Path(file).stem + (f"-{argument.replace('/', '_')}" if argument else "")
-    return resolve(config), values.workdir or str(pathlib.Path("runs") / stem)
+    return resolve(config), {option: values[option].value for option in options}
 
 
-def _recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """What `--config` names, `--config=RECIPE` or `--config RECIPE`, empty if it is not there; the other arguments."""
-    recipe, others = "", []
+def _taken(flag: str, argv: Sequence[str]) -> tuple[str, list[str]]:
+    """What a flag says, `--flag=VALUE` or `--flag VALUE`, empty if it is not there; the other arguments."""
+    found, others = "", []
     words = iter(argv)
     for word in words:
         name, _, value = word.partition("=")
-        if name in ("--config", "-config"):
-            recipe = value or ("" if "=" in word else next(words, ""))
+        if name in (f"--{flag}", f"-{flag}"):
+            found = value or ("" if "=" in word else next(words, ""))
         else:
             others.append(word)
-    return recipe, others
+    return found, others
 
 
 def _load(file: str, argument: str) -> Config:
@@ -127,17 +201,17 @@ def _line(error: Exception, file: str) -> list[str]:
 
 def _place(config: Config, option: str) -> tuple[Config, str]:
     """The dict that an option lies in, and its key there."""
-    folder, path = config, "config"
+    place, path = config, "config"
     value: Any = config
     for key in option.split("."):
-        folder = value
-        known = list(folder) if isinstance(folder, config_dict.ConfigDict) else []
+        place = value
+        known = list(place) if isinstance(place, config_dict.ConfigDict) else []
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             there = f"did you mean {path}.{close[0]}?" if close else f"{path} has {', '.join(known) or 'no keys'}."
             raise UserError(f"config.{option} is not an option; {there}")
-        path, value = f"{path}.{key}", folder[key]
-    return folder, option.rpartition(".")[2]
+        path, value = f"{path}.{key}", place[key]
+    return place, option.rpartition(".")[2]
 
 
 def _one_line(error: Exception) -> str:

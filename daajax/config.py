@@ -8,6 +8,7 @@ import optax
 from ml_collections import config_dict
 
 from configs import base
+from daajax.checkpoint import BEST
 from daajax.data.packing import parse_row_length
 from daajax.data.sources import SOURCES
 from daajax.data.tokenization import SCORES, TRUNCATIONS
@@ -44,20 +45,29 @@ class _Range(NamedTuple):
 _CHOICES = {
     "attention": ("auto", *ATTENTION),
     "chat.score": SCORES,
+    "checkpoint.best": (None, *BEST),
     "data.name": tuple(SOURCES),
     "data.truncation": TRUNCATIONS,
+    "eval_data.name": tuple(SOURCES),
+    "eval_data.truncation": TRUNCATIONS,
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
     "reference.mode": REFERENCE_MODES,
     "remat": tuple(REMAT),
+    "resume": ("auto", "never", "force"),
 }
 _RANGES = {
     "batch_size": _Range(1),
+    "checkpoint.every": _Range(1),
+    "checkpoint.keep": _Range(1),
     "data.limit": _Range(1),
     "data.max_bad_rows": _Range(0),
     "epochs": _Range(0, is_open=True),
+    "eval.every": _Range(1),
+    "eval_data.limit": _Range(1),
+    "eval_data.max_bad_rows": _Range(0),
     "log.every": _Range(1),
     "max_length": _Range(2),
     "max_prompt_length": _Range(1),
@@ -75,7 +85,7 @@ _RANGES = {
     "steps": _Range(1),
 }
 _REQUIRED = ("model.path", "data.path")
-_CAN_BE_NONE = ("data.cache_dir",)  # besides those whose default is None
+_CAN_BE_NONE = ("data.cache_dir", "eval_data.cache_dir")  # besides those whose default is None
 _FREE = ("loss", "extra_losses")  # their keys are an objective's; `bind` checks them
 
 
@@ -98,7 +108,7 @@ def resolve(config: Config) -> Config:
             raise UserError(f"config.{name} is empty; give it a value, or None where it can do without.")
     for name, choices in _CHOICES.items():
         if found[name] not in choices:
-            raise UserError(f"config.{name}={found[name]!r} is unknown; there are {', '.join(choices)}.")
+            raise UserError(f"config.{name}={found[name]!r} is unknown; there are {', '.join(map(str, choices))}.")
     for name, allowed in _RANGES.items():
         value = found[name]
         if value is not None and not allowed.holds(value):
@@ -116,6 +126,9 @@ def resolve(config: Config) -> Config:
         hyperparameters=hyperparameters(config),
     )
     _check_reference(config)
+    for name, value in (("eval.every", config.eval.every), ("checkpoint.best", config.checkpoint.best)):
+        if value is not None and config.eval_data.path is None:
+            raise UserError(f"config.{name}={value!r} needs held-out data; set config.eval_data.path.")
     return config.unlock().lock()  # a config that is locked already would not look at its parts
 
 

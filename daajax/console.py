@@ -20,14 +20,17 @@ class Progress:
         name: What is being done, for the front of the line.
         total: Steps.
         unit: One step.
+        done: Steps that were done before.
         seconds: Time after which a plain line is printed though there are no numbers to show.
     """
 
-    def __init__(self, name: str, total: int, unit: str, seconds: float = 10.0):
+    def __init__(self, name: str, total: int, unit: str, *, done: int = 0, seconds: float = 10.0):
         self._name, self._total, self._unit, self._seconds = name, total, unit, seconds
-        self._done = 0
+        self._done = self._before = done
         self._began = self._said = time.perf_counter()
-        self._bar = tqdm.tqdm(total=total, desc=name, unit=unit, file=sys.stdout) if sys.stdout.isatty() else None
+        self._bar = None
+        if sys.stdout.isatty():
+            self._bar = tqdm.tqdm(total=total, desc=name, unit=unit, initial=done, file=sys.stdout)
 
     def advance(self, values: Mapping[str, float] | None = None) -> None:
         """One step is done; `values` are numbers to show beside the progress, if there are new ones."""
@@ -39,7 +42,7 @@ class Progress:
                 self._bar.set_postfix_str(text)
         elif text or self._done == self._total or time.perf_counter() - self._said >= self._seconds:
             now = self._said = time.perf_counter()
-            rate = self._done / max(now - self._began, 1e-9)
+            rate = (self._done - self._before) / max(now - self._began, 1e-9)
             left = (self._total - self._done) / rate
             line = f"{self._name} {self._done}/{self._total} ({rate:.2f} {self._unit}/s, {left:.0f} s left)"
             say(f"{line}: {text}" if text else line)

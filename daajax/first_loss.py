@@ -29,10 +29,12 @@ _BOUNDS = {
 }
 
 
-def why_not_checked(config: Config, reference: Reference | None) -> str:
-    """The reason why nothing is promised of the first loss; empty where something is."""
+def why_not_checked(config: Config, reference: Reference | None, updates: int) -> str:
+    """The reason why nothing is promised of the loss after so many updates; empty where something is."""
     if not config.check_first_loss:
         return "check_first_loss is off"
+    if updates:
+        return f"the policy has done {updates} updates"
     if reference is None:
         return "the loss reads no reference"
     if not reference.is_initial_policy:

@@ -1,47 +1,84 @@
-"""A run's folder: what may begin there, and what says that it is finished."""
+"""A run's folder: what may begin or go on there, who is at work in it, and whether it is finished."""
 
+import contextlib
+import datetime
+import fcntl
 import json
+import math
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+from daajax import files
 from daajax.config import Config
 from daajax.console import say
 from daajax.errors import UserError
 
-_CONFIG = "config.json"
-_PARTIAL = "config.json.partial"  # until it is whole
+# What a run may go on with changed: how long it is, what it reports and keeps, and how the same numbers are computed.
+# Whatever is not listed decides what is learned from what. To free another option, add it or the dict it lies in.
+MAY_CHANGE = (
+    "attention",
+    "check_first_loss",
+    "checkpoint",
+    "data.cache_dir",
+    "data.max_bad_rows",
+    "epochs",
+    "eval",
+    "eval_data",
+    "log",
+    "mesh",
+    "micro_batches",
+    "packing",
+    "reference.cache_dir",
+    "remat",
+    "resume",
+    "steps",
+)
+_LENGTH = ("epochs", "steps")  # of a run; a finished one is not finished if they change
+_CONFIG, _METRICS, _FINISHED, _LOCK = "config.json", "metrics.jsonl", "finished", ".lock"
 _NAMED = 3  # differences
 
+State = Literal["new", "unfinished", "finished"]
 
-def is_finished(folder: pathlib.Path, config: Config) -> bool:
-    """Whether the folder holds this very run, finished; False where it may begin.
+
+def examine(where: pathlib.Path, config: Config) -> State:
+    """What a folder is to the run of a config.
 
     Raises:
-        UserError: If the folder holds anything else, or nothing can be written there.
+        UserError: If it holds something else, if nothing can be written there, or if a run is at work in it.
     """
-    if not folder.exists() or (folder.is_dir() and not any(path.name != _PARTIAL for path in folder.iterdir())):
-        above = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not where.exists() or (where.is_dir() and not any(path.name != _LOCK for path in where.iterdir())):
+        above = next(parent for parent in (where, *where.resolve().parents) if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(f"--workdir={folder}: {above} cannot be written; name another folder.")
-        return False
-    changed = list(differences(_read(folder), json.loads(_text(config))))
-    if changed:
-        further = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            raise UserError(f"--workdir={where}: {above} cannot be written; name another folder.")
+        return "new"
+    before, now = _stored(where), json.loads(_text(config))
+    if config.resume == "never":
+        raise UserError(f"--workdir={where} holds a run, and resume='never' goes on with none; name another folder.")
+    changed = list(differences(before, now))
+    refused = [line for name, line in changed if not _is_among(name, MAY_CHANGE)]
+    if refused and config.resume != "force":
+        further = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
         raise UserError(
-            f"--workdir={folder} holds a run of another config: {'; '.join(changed[:_NAMED])}{further}; "
-            "name another one."
+            f"--workdir={where} holds a run of another config: {'; '.join(refused[:_NAMED])}{further}; "
+            "name another folder, or go on all the same with --config.resume=force."
         )
-    if (folder / "model").is_dir():
-        return True
-    say(f"{folder} holds this run, unfinished: it begins again from update 1")
-    return False
+    if (where / _FINISHED).is_file() and not refused and not any(_is_among(name, _LENGTH) for name, _ in changed):
+        return "finished"
+    if not os.access(where, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={where} cannot be written; make it writable, or name another folder.")
+    with _lock(where):
+        pass
+    for name, line in changed:
+        say(f"config: {line}{'' if _is_among(name, MAY_CHANGE) else ' (forced)'}")
+    return "unfinished"
 
 
-def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What differs between two configs read from JSON, option by option, such as `loss.beta was 0.1, is 0.2`.
+def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """What differs between two configs read from JSON: an option, and a line such as `loss.beta was 0.1, is 0.2`.
 
     Args:
         before: A config or a part of it.
@@ -52,34 +89,101 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in sorted(before.keys() | now.keys()):
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
-        yield f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
+        yield name, f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
 
 
-def begin(folder: pathlib.Path, config: Config) -> None:
-    """Makes the run's folder with its `config.json`; what an unfinished run of the same config left there is removed.
+@contextlib.contextmanager
+def at_work(where: pathlib.Path, config: Config, *, updates: int) -> Iterator[None]:
+    """Makes a run's folder or goes on in one, and keeps other runs out of it while the block lasts.
+
+    What a run that was interrupted later reported of updates that are now done again is removed.
+
+    Args:
+        where: The folder.
+        config: Of the run; it becomes `config.json`.
+        updates: Done before; what is reported of them stays.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If the folder cannot be written or another run is at work in it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        (folder / _PARTIAL).write_text(_text(config), encoding="utf-8")
-        (folder / _PARTIAL).replace(folder / _CONFIG)
-    except OSError as error:
-        raise UserError(f"--workdir={folder} cannot be written ({error.strerror}); name another folder.") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(where))
+            (where / _FINISHED).unlink(missing_ok=True)
+            files.write_text(where / _CONFIG, _text(config))
+            if not updates:
+                shutil.rmtree(where / "tensorboard", ignore_errors=True)
+            kept = [line for line in _lines(where / _METRICS) if _step_of(line) <= updates]
+            files.write_text(where / _METRICS, "".join(f"{line}\n" for line in kept))
+        except OSError as error:
+            raise UserError(f"--workdir={where} cannot be written ({error.strerror}); name another folder.") from None
+        yield
 
 
-def _read(folder: pathlib.Path) -> dict[str, Any]:
+def finish(where: pathlib.Path, updates: int) -> None:
+    """Marks a run as finished after so many updates."""
+    files.write_text(where / _FINISHED, json.dumps({"updates": updates}) + "\n")
+
+
+def read_config(where: pathlib.Path) -> dict[str, Any]:
+    """The config that a run was begun or last gone on with.
+
+    Raises:
+        UserError: If the folder holds no run.
+    """
+    if not where.is_dir():
+        raise UserError(f"--workdir={where} is not a folder; name that of a run.")
+    return _stored(where)
+
+
+@contextlib.contextmanager
+def _lock(where: pathlib.Path) -> Iterator[None]:
+    """Holds a folder's lock; the system lets go of it when the process ends, however it ends."""
+    with (where / _LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise UserError(
+                f"--workdir={where}: another run is at work there{holder and f' ({holder})'}; "
+                "wait for it, or name another folder."
+            ) from None
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.flush()
+        yield
+
+
+def _is_among(name: str, options: tuple[str, ...]) -> bool:
+    """Whether an option is one of these or lies in one of them."""
+    return any(name == option or name.startswith(f"{option}.") for option in options)
+
+
+def _stored(where: pathlib.Path) -> dict[str, Any]:
     """The config of the run that a folder holds."""
-    file = folder / _CONFIG
+    file = where / _CONFIG
     if not file.is_file():
-        raise UserError(f"--workdir={folder} exists and is not a run's folder; name another one.")
+        raise UserError(f"--workdir={where} exists and is not a run's folder; name another one.")
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UserError(f"{file} is damaged; name another --workdir, or remove the folder.") from None
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """A file's whole lines; none if it is not there. A last line without an end was cut off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
+
+def _step_of(line: str) -> float:
+    """The update that a line of metrics is of; none ever for a line that is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _text(config: Config) -> str:

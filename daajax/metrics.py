@@ -5,6 +5,7 @@ host side fetches them once a log interval. A new number is a line in `of_exampl
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,20 +92,26 @@ def of_examples(
     return Logged(sums, maxima)
 
 
+def as_json(values: Mapping[str, Any]) -> str:
+    """One line of JSON; a number that is not finite, for which JSON has no name, is null."""
+    return json.dumps({n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()})
+
+
 class Writer:
     """Appends to a run's `metrics.jsonl` and TensorBoard events.
 
     Args:
         folder: The run's folder.
+        updates: Done before; events of later ones are those of an interrupted run, and void.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, *, updates: int = 0):
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one JSON object and the same numbers as events; both are on disk when it returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(as_json({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)

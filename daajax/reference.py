@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import secrets
 import time
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
+from daajax import files
 from daajax.console import Progress
 from daajax.data.batches import Batch, Batches
 from daajax.data.packing import Plan
@@ -105,15 +105,10 @@ class Cache:
         table = pa.table({"response": pa.array(list(entries), pa.binary(16)), "logps": logps})
         table = table.replace_schema_metadata({_HEADER: self._header.content})
         file = self.folder / f"part-{secrets.token_hex(8)}.parquet"
-        scratch = file.with_suffix(".tmp")
         try:
-            pq.write_table(table, scratch, compression="none", use_dictionary=False, write_page_checksum=True)
-            with scratch.open("rb") as handle:
-                os.fsync(handle.fileno())
-            scratch.rename(file)
+            with files.replacing(file) as scratch:
+                pq.write_table(table, scratch, compression="none", use_dictionary=False, write_page_checksum=True)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
             raise UserError(
                 f"reference cache {self.folder} cannot be written ({error}); make room or name another folder."
             ) from None

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from daajax import reference, sharding
+from daajax.checkpoint import Checkpoints
 from daajax.config import Config
 from daajax.console import say
 from daajax.data import packing, windows
@@ -26,54 +27,79 @@ from daajax.models.families import Architecture, read_architecture
 from daajax.scoring import Scorer
 
 
-def load_data(config: Config, architecture: Architecture, terms: Sequence[Term]) -> TokenizedData:
-    """Reads and tokenizes the data, and checks that they have the responses which the loss compares.
+def load_data(
+    config: Config, source: Config, architecture: Architecture, terms: Sequence[Term], name: str = "data"
+) -> TokenizedData:
+    """Reads and tokenizes data, and checks that they have the responses which the loss compares.
+
+    Args:
+        config: Of the run.
+        source: `config.data`, or `config.eval_data`.
+        architecture: Of the model.
+        terms: The loss.
+        name: Of the source's options, for messages.
 
     Raises:
         UserError: If data or tokenizer are at fault, or do not fit the loss or the model.
     """
     data = tokenized(
-        config.data.name,
-        config.data.path,
+        source.name,
+        source.path,
         tokenizer_path(config),
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
-        truncation=config.data.truncation,
+        truncation=source.truncation,
         template=config.chat.template,
         score=config.chat.score,
-        limit=config.data.limit,
-        max_bad_rows=config.data.max_bad_rows,
+        limit=source.limit,
+        max_bad_rows=source.max_bad_rows,
         vocab_size=architecture.vocab_size,
-        cache_dir=config.data.cache_dir,
+        cache_dir=source.cache_dir,
     )
     for line in [*data.notices, *summary(data.counters)]:
-        say(f"data: {line}")
-    if config.max_length > architecture.max_position_embeddings:
+        say(f"{name}: {line}")
+    if name == "data" and config.max_length > architecture.max_position_embeddings:
         say(
             f"data: max_length={config.max_length} exceeds the {architecture.max_position_embeddings} positions that "
             "the model was made for"
         )
-    return _with_responses(data, terms)
+    return _with_responses(data, terms, name)
 
 
-def _with_responses(data: TokenizedData, terms: Sequence[Term]) -> TokenizedData:
+def load_held_out(
+    config: Config, architecture: Architecture, terms: Sequence[Term], mesh: Any, *, most_tokens: int | None = None
+) -> tuple[TokenizedData, Plan]:
+    """The held-out data, and a plan that visits each of them once.
+
+    Args:
+        config: Of the run; its eval_data.path is set.
+        architecture: Of the model.
+        terms: The loss.
+        mesh: The mesh.
+        most_tokens: See `plan_sweep`.
+    """
+    data = load_data(config, config.eval_data, architecture, terms, "eval_data")
+    return data, plan_sweep(config, data, mesh, most_tokens=most_tokens)
+
+
+def _with_responses(data: TokenizedData, terms: Sequence[Term], name: str) -> TokenizedData:
     """The data with as many responses as the loss reads."""
     needed = max(term.objective.responses or data.lengths.shape[1] - 1 for term in terms)
     found = data.lengths.shape[1] - 1
-    name = next(term.name for term in terms if (term.objective.responses or found) == needed)
+    loss = next(term.name for term in terms if (term.objective.responses or found) == needed)
     if found < needed or (needed > 1 and found > needed):
         raise UserError(
-            f"loss {name!r} compares {needed} responses but the data have {found} a prompt; "
+            f"loss {loss!r} compares {needed} responses but the {name} have {found} a prompt; "
             "choose another loss or other data."
         )
     lacking = np.nonzero((data.lengths[:, 1 : 1 + needed] == 0).any(axis=1))[0]
     if len(lacking) and any(term.objective.responses for term in terms):
         raise UserError(
-            f"loss {name!r} needs {needed} responses but {len(lacking)} examples have fewer, such as "
+            f"loss {loss!r} needs {needed} responses but {len(lacking)} examples have fewer, such as "
             f"{data.ids[int(lacking[0])]!r}; complete or remove them."
         )
     if found > needed:
-        say(f"data: loss {name!r} reads the first of {found} responses; the others are left out")
+        say(f"{name}: loss {loss!r} reads the first of {found} responses; the others are left out")
         data = data.first_responses(needed)
     return data
 
@@ -131,8 +157,18 @@ def make_scorer(config: Config, architecture: Architecture, mesh: Any) -> Scorer
     )
 
 
-def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None = None) -> tuple[Params, Params]:
-    """Parameters on the mesh, and where they live.
+def param_layout(scorer: Scorer, mesh: Any) -> tuple[Params, Params]:
+    """Shape and dtype of every parameter, and where on the mesh it lives.
+
+    Raises:
+        UserError: If an axis of a parameter does not divide over the mesh.
+    """
+    shapes, axes = decoder.abstract_params(scorer.model)
+    return shapes, sharding.param_shardings(mesh, shapes, axes)
+
+
+def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None = None) -> Params:
+    """Parameters on the mesh.
 
     Args:
         path: Model directory.
@@ -140,12 +176,61 @@ def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None
         mesh: The mesh.
         random_seed: Draws fresh parameters from it instead of reading them.
     """
-    shapes, axes = decoder.abstract_params(scorer.model)
-    shardings = sharding.param_shardings(mesh, shapes, axes)
+    shapes, shardings = param_layout(scorer, mesh)
     if random_seed is None:
-        return weights.load(path, scorer.model.architecture, shapes, shardings), shardings
+        return weights.load(path, scorer.model.architecture, shapes, shardings)
     init = jax.jit(lambda key: decoder.init_params(scorer.model, key), out_shardings=shardings)
-    return init(jax.random.key(random_seed)), shardings
+    return init(jax.random.key(random_seed))
+
+
+def load_initial_params(config: Config, scorer: Scorer, mesh: Any) -> Params:
+    """The parameters that training starts from: those of model.path, or fresh ones drawn from the seed."""
+    return load_params(config.model.path, scorer, mesh, random_seed=config.seed if config.model.random_init else None)
+
+
+def params_at(config: Config, saved: Checkpoints, step: int, scorer: Scorer, mesh: Any) -> Params:
+    """The parameters of a run after an update; step 0 is before the first.
+
+    Raises:
+        UserError: If there is no sound checkpoint of that update.
+    """
+    if step == 0:
+        return load_initial_params(config, scorer, mesh)
+    shapes, shardings = param_layout(scorer, mesh)
+    return saved.restore_params(
+        step, jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+    )
+
+
+def plan_sweep(
+    config: Config,
+    data: TokenizedData,
+    mesh: Any,
+    *,
+    examples: Int[np.ndarray, " some"] | None = None,
+    most_tokens: int | None = None,
+) -> Plan:
+    """Lays out one visit to every example, without a gradient.
+
+    Args:
+        config: Of the run; its layout options count, its rows and row lengths are training's.
+        data: The examples.
+        mesh: The mesh.
+        examples: Those to visit; None: all.
+        most_tokens: Of a window, about; None: whatever `batch_size` examples have.
+    """
+    sizes = Sizes.of(data, prefix_sharing=config.packing.prefix_sharing)
+    examples = np.arange(len(data.weights)) if examples is None else examples
+    batch_size = min(config.batch_size, len(examples))
+    if most_tokens is not None:
+        batch_size = int(np.clip(most_tokens / sizes.length[examples].mean(), 1, batch_size))
+    return packing.pack(
+        windows.sweep_windows(sizes, batch_size=batch_size, examples=examples),
+        sizes,
+        packing=config.packing.enabled,
+        micro_batches=config.micro_batches,
+        row_multiple=sharding.row_multiple(mesh),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +238,18 @@ class Reference:
     """Reference log-probs of everything a run reads.
 
     Attributes:
-        logps: Of each of the data's tokens, nats.
-        is_initial_policy: Whether the reference's weights are those that training starts from.
+        columns: Of each data set, the log-prob of each of its tokens, nats.
+        policy: Digest of the weights that training starts from.
+        is_initial_policy: Whether the reference's weights are those.
     """
 
-    logps: Float[np.ndarray, " total"]
+    columns: list[Float[np.ndarray, " total"]]
+    policy: str
     is_initial_policy: bool
 
 
 def load_reference(
-    config: Config, data: TokenizedData, plan: Plan, scorer: Scorer, params: Params, mesh: Any
+    config: Config, sets: Sequence[tuple[TokenizedData, Plan]], scorer: Scorer, params: Params, mesh: Any
 ) -> Reference:
     """Reads the reference log-probs from the cache; a pass over the reference model scores what is missing.
 
@@ -170,8 +257,7 @@ def load_reference(
 
     Args:
         config: The config; its reference.mode is not `none`.
-        data: The examples.
-        plan: Says which of them the run reads.
+        sets: Data sets, each with the plan that says which of its examples are read.
         scorer: The policy's.
         params: The initial policy's.
         mesh: The mesh.
@@ -190,37 +276,37 @@ def load_reference(
                 f"{scorer.model.architecture.vocab_size}; the two must share a tokenizer."
             )
         scorer = make_scorer(config, architecture, mesh)
-        params, _ = load_params(what, scorer, mesh)
+        params = load_params(what, scorer, mesh)
         digest = weights.digest(params)
-    header = reference.Header(digest, dataclasses.asdict(architecture), config.model.dtype)
-    cache = reference.Cache(config.reference.cache_dir, header)
-    examples = reference.examples_of(plan)
-    lacking = reference.missing(data, examples, cache)
+    cache = reference.Cache(
+        config.reference.cache_dir, reference.Header(digest, dataclasses.asdict(architecture), config.model.dtype)
+    )
     for line in cache.notices:
         say(line)
-    say(
-        f"reference: {what} ({digest[:12]}), {len(examples) - len(lacking)} of {len(examples)} examples in the cache "
-        f"{cache.folder}"
-    )
-    if len(lacking):
-        score = jax.jit(scorer.token_logps, static_argnames="keys")
+    score = jax.jit(scorer.token_logps, static_argnames="keys")
 
-        def score_part(part: dict[str, np.ndarray], keys: int) -> jax.Array:
-            return score(params, sharding.place(mesh, part, ("rows",)), keys=keys)
+    def score_part(part: dict[str, np.ndarray], keys: int) -> jax.Array:
+        return score(params, sharding.place(mesh, part, ("rows",)), keys=keys)
 
-        sizes = Sizes.of(data, prefix_sharing=config.packing.prefix_sharing)
-        # No more tokens at a time than in training, also where it is the long examples that are lacking.
-        most = np.where(plan.windows >= 0, sizes.length[plan.windows], 0).sum(axis=1).max()
-        batch_size = int(np.clip(most / sizes.length[lacking].mean(), 1, plan.batch_size))
-        layout = packing.pack(
-            windows.sweep_windows(sizes, batch_size=batch_size, examples=lacking),
-            sizes,
-            packing=config.packing.enabled,
-            micro_batches=plan.micro_batches,
-            row_multiple=sharding.row_multiple(mesh),
+    columns = []
+    for data, plan in sets:
+        examples = reference.examples_of(plan)
+        lacking = reference.missing(data, examples, cache)
+        say(
+            f"reference: {what} ({digest[:12]}), {len(examples) - len(lacking)} of {len(examples)} examples in the "
+            f"cache {cache.folder}"
         )
-        reference.score_pass(data, layout, score_part, cache, what=what)
-    logps = reference.column(data, examples, cache)
+        if len(lacking):
+            # No more tokens at a time than the plan has, also where it is the long examples that are lacking.
+            layout = plan_sweep(config, data, mesh, examples=lacking, most_tokens=most_tokens(config, data, plan))
+            reference.score_pass(data, layout, score_part, cache, what=what)
+        columns.append(reference.column(data, examples, cache))
     del params
     gc.collect()
-    return Reference(logps, digest == policy and same_architecture)
+    return Reference(columns, policy, digest == policy and same_architecture)
+
+
+def most_tokens(config: Config, data: TokenizedData, plan: Plan) -> int:
+    """Row positions that the largest window of a plan takes."""
+    length = Sizes.of(data, prefix_sharing=config.packing.prefix_sharing).length
+    return int(np.where(plan.windows >= 0, length[plan.windows], 0).sum(axis=1).max())

@@ -134,6 +134,32 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     return jax.tree.map_with_path(one, shapes, axes)
 
 
+def describe(shapes: Any, shardings: Any) -> list[str]:
+    """Lines of a table: every array's path, shape, dtype, spec, and what of it lies on each device, in bytes.
+
+    Args:
+        shapes: Tree of arrays or shapes.
+        shardings: The same tree of shardings.
+    """
+    rows = [("parameter", "shape", "dtype", "spec", "bytes a device")]
+    total = 0
+    for (path, shape), where in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
+        size = math.prod(where.shard_shape(shape.shape)) * shape.dtype.itemsize
+        total += size
+        cuts = ", ".join("-" if axis is None else str(axis) for axis in where.spec)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows.append((name, " × ".join(map(str, shape.shape)), str(shape.dtype), f"({cuts})", f"{size:,}"))
+    rows.append(("all", "", "", "", f"{total:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place == len(row) - 1 else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
 def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, shapes: Any, shardings: Any) -> Any:
     """Optimizer state lives where its parameters live; what has another shape, such as a count, is on every device."""
     state = jax.eval_shape(optimizer.init, shapes)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from daajax import metrics
+from daajax import metrics, sharding
 from daajax.losses.scores import Responses
 from daajax.losses.terms import Term
 from daajax.models.decoder import Params
@@ -29,6 +29,33 @@ class TrainState(NamedTuple):
     step: Any  # updates done, int32 []; where state is shardings, so is every field
     params: Params
     optimizer: Any
+
+
+def state_shardings(
+    mesh: Any, optimizer: optax.GradientTransformation, shapes: Params, shardings: Params
+) -> TrainState:
+    """Where every part of a state lives.
+
+    Args:
+        mesh: The mesh.
+        optimizer: Whose state lives where its parameters do.
+        shapes: Of the parameters.
+        shardings: Of the parameters.
+    """
+    moments = sharding.optimizer_shardings(mesh, optimizer, shapes, shardings)
+    return TrainState(sharding.replicated(mesh), shardings, moments)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """The state before the first update; the optimizer's part is made where it lives, never whole on one device."""
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, moments)
+
+
+def abstract_state(shapes: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Shape, dtype and sharding of every leaf of a state, which is what a checkpoint is read into."""
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
 
 
 class Sums(NamedTuple):
@@ -218,9 +245,10 @@ class Update:
         )
         self._compiled = {}
 
-    def compile(self, state: TrainState, batch: Batch, *, keys: int) -> None:
+    def compile(self, state: TrainState, batch: Batch, *, keys: int) -> jax.stages.Compiled:
         """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one."""
-        self._compiled[_shapes(batch), keys] = self._jitted.lower(state, batch, keys).compile()
+        compiled = self._compiled[_shapes(batch), keys] = self._jitted.lower(state, batch, keys).compile()
+        return compiled
 
     def __call__(self, state: TrainState, batch: Batch, *, keys: int) -> tuple[TrainState, dict[str, Array]]:
         """Runs one update; `keys` is the plan's capacity for this batch's shape."""

@@ -5,24 +5,26 @@
 
 import collections
 import contextlib
+import dataclasses
+import functools
 import math
 import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from daajax import command, first_loss, folder, metrics, run, sharding, step
+from daajax import checkpoint, command, first_loss, folder, memory, metrics, run, sharding, step
 from daajax.config import Config, hyperparameters, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
 from daajax.data.packing import Plan
 from daajax.data.windows import describe
 from daajax.errors import UserError
+from daajax.evaluate import Evaluation
 from daajax.losses.terms import bind
 from daajax.models import weights
-from daajax.models.decoder import parameter_count
+from daajax.models.decoder import Params, parameter_count
 from daajax.models.families import read_architecture
 from daajax.optimizer import make_optimizer, make_schedule
 
@@ -41,7 +43,8 @@ def train(config: Config, workdir: str) -> None:
         UserError: If anything the user can mend stands in the way.
     """
     where = pathlib.Path(workdir)
-    if folder.is_finished(where, config):
+    found = folder.examine(where, config)
+    if found == "finished":
         say(f"{where} is finished: the model is in {where / 'model'}")
         return
 
@@ -52,10 +55,14 @@ def train(config: Config, workdir: str) -> None:
         read_architecture(config.reference.path, "reference.path")
     mesh = sharding.make_mesh(config.mesh.to_dict())
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    data = run.load_data(config, architecture, terms)
+    data = run.load_data(config, config.data, architecture, terms)
     plan = run.make_plan(config, data, mesh)
     for line in [describe(plan.updates, plan.batch_size, len(data.weights)), *plan.report()]:
         say(f"plan: {line}")
+    sets = [(data, plan)]
+    if config.eval_data.path is not None:
+        most_tokens = run.most_tokens(config, data, plan)
+        sets.append(run.load_held_out(config, architecture, terms, mesh, most_tokens=most_tokens))
     schedule = make_schedule(
         learning_rate=config.optimizer.learning_rate,
         schedule=config.optimizer.schedule,
@@ -69,109 +76,163 @@ def train(config: Config, workdir: str) -> None:
         hyperparameters=hyperparameters(config),
     )
     scorer = run.make_scorer(config, architecture, mesh)
-    params, param_shardings = run.load_params(
-        config.model.path, scorer, mesh, random_seed=config.seed if config.model.random_init else None
-    )
+    shapes, param_shardings = run.param_layout(scorer, mesh)
     say(
         f"model: {parameter_count(architecture):,} parameters of {config.model.path}, {config.model.param_dtype}, "
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"
     )
+    for line in sharding.describe(shapes, param_shardings):
+        say(f"model: {line}")
 
     # ------------------------------------------------------------------ reference, then its weights are gone
-    reference = None
+    saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
+    resumes, reference, columns, params = bool(saved.steps), None, [None] * len(sets), {}
+    if config.reference.mode != "none" or not resumes:
+        params = run.load_initial_params(config, scorer, mesh)
     if config.reference.mode != "none":
-        reference = run.load_reference(config, data, plan, scorer, params, mesh)
-    batches = Batches(data, plan, None if reference is None else reference.logps)
+        reference = run.load_reference(config, sets, scorer, params, mesh)
+        columns = reference.columns
+    batches = Batches(data, plan, columns[0])
+    evaluation = Evaluation(scorer, terms, *sets[1], columns[1], mesh) if sets[1:] else None
 
-    # ------------------------------------------------------------------ the state and the compiled update
-    whole = sharding.replicated(mesh)
-    moments = sharding.optimizer_shardings(mesh, optimizer, params, param_shardings)
-    state = step.TrainState(
-        step=jax.device_put(jnp.int32(0), whole),
-        params=params,
-        optimizer=jax.jit(optimizer.init, out_shardings=moments)(params),
-    )
+    # ------------------------------------------------------------------ the state, fresh or from a checkpoint
+    homes = step.state_shardings(mesh, optimizer, shapes, param_shardings)
+    origin = checkpoint.Record(data=data.digest, model="" if reference is None else reference.policy)
+    if resumes:
+        params.clear()  # before the others come
+        forced = config.resume == "force"
+        fresh = functools.partial(step.init_state, optimizer=optimizer, shardings=homes) if forced else None
+        done, state = saved.restore_latest(step.abstract_state(shapes, optimizer, homes), fresh)
+        checkpoint.check_origin(saved.record(done), origin, forced=forced)
+        if done > plan.updates:
+            raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
+        say(f"resumed after update {done} of {plan.updates}")
+    else:
+        if found == "unfinished":
+            say(f"{where} holds this run without a checkpoint: it begins again from update 1")
+        done, state = 0, step.init_state(params, optimizer, homes)
+    del params  # donated with the state
+
+    # ------------------------------------------------------------------ the compiled update
     update = step.Update(
         scorer,
         terms,
         optimizer,
         schedule,
         batch_size=plan.batch_size,
-        state_shardings=step.TrainState(whole, param_shardings, moments),
+        state_shardings=homes,
         batch_sharding=sharding.sharding(mesh, ("micro_batches", "rows")),
-        replicated=whole,
+        replicated=sharding.replicated(mesh),
     )
-    del params  # donated with the state
-    first = sharding.place(mesh, batches[0])
-    began = time.perf_counter()
-    update.compile(state, first, keys=plan.shape(0).keys)
-    say(f"compiled the update in {time.perf_counter() - began:.1f} s")
-    expected, why_not = None, first_loss.why_not_checked(config, reference)
-    if why_not:
-        say(f"first loss: not checked, {why_not}")
-    else:
-        expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
-    del first
+    expected, why_not = None, first_loss.why_not_checked(config, reference, done)
+    if done < plan.updates:
+        first = sharding.place(mesh, batches[done])
+        began = time.perf_counter()
+        compiled = update.compile(state, first, keys=plan.shape(done).keys)
+        say(f"compiled the update in {time.perf_counter() - began:.1f} s; {memory.check(compiled, 'it')}")
+        if why_not:
+            say(f"first loss: not checked, {why_not}")
+        else:
+            expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
+        del first
 
     # ------------------------------------------------------------------ the updates
-    progress = Progress("train", plan.updates, "update")
-    clock = _Clock(plan, data.lengths)
+    progress = Progress("train", plan.updates, "update", done=done)
+    clock = _Clock(plan, data.lengths, done)
     queued: collections.deque[jax.Array] = collections.deque()
     earliest, latest = {}, {}
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
+        stack.callback(saved.close)
         writer = None
-        for t in range(plan.updates):
+        for t in range(done, plan.updates):
             batch = sharding.place(mesh, batches[t])
             state, logged = update(state, batch, keys=plan.shape(t).keys)
             queued.append(logged["loss"])
             if len(queued) > IN_FLIGHT:
                 queued.popleft().block_until_ready()
-            if (t + 1) % config.log.every and t not in (0, plan.updates - 1):
+            ends = t + 1 == plan.updates
+            saves = ends or (t + 1) % config.checkpoint.every == 0
+            evaluates = evaluation and (
+                ends or (t + 1) % (config.eval.every or plan.updates) == 0 or (saves and config.checkpoint.best)
+            )
+            if t != done and not (ends or evaluates or (t + 1) % config.log.every == 0):
                 progress.advance()
-                continue
-            latest = {name: float(value) for name, value in jax.device_get(logged).items()}
-            if t == 0 and expected is not None:
-                expected.check(latest)
-            if not math.isfinite(latest["loss"]) or not math.isfinite(latest["grad_norm"]):
-                raise UserError(
-                    f"update {t + 1}: loss is {latest['loss']}, grad_norm {latest['grad_norm']}; lower "
-                    "optimizer.learning_rate, or check the model's weights and dtype. No model was written."
-                )
-            latest |= clock.read(t)
-            if writer is None:  # the first update is sound: from here on there is something to keep
-                folder.begin(where, config)
-                writer = stack.enter_context(contextlib.closing(metrics.Writer(where)))
-                earliest = latest
-            writer.write(t + 1, latest)
-            progress.advance({name: latest[name] for name in SHOWN if name in latest})
+            else:
+                latest = {name: float(value) for name, value in jax.device_get(logged).items()}
+                if t == 0 and expected is not None:
+                    expected.check(latest)
+                if not math.isfinite(latest["loss"]) or not math.isfinite(latest["grad_norm"]):
+                    raise UserError(
+                        f"update {t + 1}: loss is {latest['loss']}, grad_norm {latest['grad_norm']}; lower "
+                        "optimizer.learning_rate, or check the model's weights and dtype. No model was written."
+                    )
+                latest |= clock.read(t)
+                if writer is None:  # the first update is sound: from here on there is something to keep
+                    stack.enter_context(folder.at_work(where, config, updates=done))
+                    writer = stack.enter_context(contextlib.closing(metrics.Writer(where, updates=done)))
+                    earliest = latest
+                if evaluation and evaluates:
+                    latest |= _evaluated(evaluation, state.params, t + 1)
+                writer.write(t + 1, latest)
+                progress.advance({name: latest[name] for name in SHOWN if name in latest})
+            if saves:
+                if not jax.jit(step.all_finite)(state.params):
+                    raise UserError(
+                        f"update {t + 1} made parameters that are not finite; lower optimizer.learning_rate. No model "
+                        "was written."
+                    )
+                held_out = {name: latest[name] for name in latest if evaluates and name.startswith("eval/")}
+                saved.save(t + 1, state, dataclasses.replace(origin, metrics=held_out), wait=ends)
+            if saves or evaluates:
+                clock.restart()
 
-    # ------------------------------------------------------------------ the result
-    if not jax.jit(step.all_finite)(state.params):
-        raise UserError(
-            "the last update made parameters that are not finite; lower optimizer.learning_rate. No model was written."
+        # -------------------------------------------------------------- the result
+        if writer is None:  # all was done before
+            stack.enter_context(folder.at_work(where, config, updates=done))
+        weights.save(
+            str(where / "model"),
+            state.params,
+            architecture,
+            model_path=config.model.path,
+            tokenizer_path=run.tokenizer_path(config),
         )
-    weights.save(
-        str(where / "model"),
-        state.params,
-        architecture,
-        model_path=config.model.path,
-        tokenizer_path=run.tokenizer_path(config),
-    )
+        folder.finish(where, plan.updates)
     for name in SHOWN:
         if name in earliest:
-            say(f"{name}: {earliest[name]:.6g} at update 1, {latest[name]:.6g} at update {plan.updates}")
+            say(f"{name}: {earliest[name]:.6g} at update {done + 1}, {latest[name]:.6g} at update {plan.updates}")
+    if (best := saved.best_step()) not in (None, plan.updates):
+        say(
+            f"the best checkpoint by {config.checkpoint.best} is that of update {best}: "
+            f"python -m daajax.export --workdir={where} --step={best}"
+        )
     say(f"the model is in {where / 'model'}, the metrics in {where / 'metrics.jsonl'}")
+
+
+def _evaluated(evaluation: Evaluation, params: Params, updates: int) -> dict[str, float]:
+    """What an evaluation finds; nothing where it fails, which is said and does not end the run."""
+    try:
+        values = evaluation(params)
+    except Exception as error:  # whatever it is: hours of training are worth more
+        say(f"the evaluation after update {updates} failed ({' '.join(str(error).split())[:200]}); the run goes on")
+        return {}
+    shown = [f"{name} {values[f'eval/{name}']:.4g}" for name in SHOWN if f"eval/{name}" in values]
+    say(f"evaluation after update {updates}: {', '.join(shown)}")
+    return values
 
 
 class _Clock:
     """What is known of an update from the plan and the wall clock."""
 
-    def __init__(self, plan: Plan, lengths: np.ndarray):
+    def __init__(self, plan: Plan, lengths: np.ndarray, done: int):
         self._plan, self._examples = plan, len(lengths)
         tokens = np.where(plan.windows >= 0, lengths.sum(axis=1)[plan.windows], 0).sum(axis=1)
         self._tokens = np.concatenate([[0], np.cumsum(tokens)])
-        self._at, self._time = 0, time.perf_counter()
+        self._at, self._time = done, time.perf_counter()
+
+    def restart(self) -> None:
+        """Leaves out of the updates' time what was done between them."""
+        self._time = time.perf_counter()
 
     def read(self, t: int) -> dict[str, float]:
         """Numbers of the updates since the last call, including update t, which the device has finished."""

@@ -48,7 +48,7 @@ def chat(tmp_path_factory):
 
 
 def data_of(options):
-    return run.load_data(options, read_architecture(options.model.path), bind(losses(options)))
+    return run.load_data(options, options.data, read_architecture(options.model.path), bind(losses(options)))
 
 
 def seen_data(options):
@@ -120,10 +120,20 @@ BASES = {  # what the changed config is compared with, where it is not the world
 }
 ELSEWHERE = {  # option: the test, here or beside, that changes it
     "check_first_loss": "test_train: the check can be turned off",
+    "checkpoint.best": "test_checkpoint: the best one is kept besides the latest",
+    "checkpoint.every": "test_checkpoint: there is one every so often and of the last update",
+    "checkpoint.keep": "test_checkpoint: the latest are kept",
     "data.cache_dir": "test_folders_are_where_they_are_said_to_be",
     "data.max_bad_rows": "test_bad_rows_are_tolerated_up_to_a_number",
     "data.name": "test_choices_are_refused_with_the_known_ones",
     "data.path": "test_bad_input: data that cannot be read are named",
+    "eval.every": "test_evaluate: evaluations come every so often and last",
+    "eval_data.cache_dir": "test_evaluate: eval_data has options of its own",
+    "eval_data.limit": "test_evaluate: eval_data has options of its own",
+    "eval_data.max_bad_rows": "test_evaluate: eval_data has options of its own",
+    "eval_data.name": "test_choices_are_refused_with_the_known_ones",
+    "eval_data.path": "test_evaluate: eval_data has options of its own",
+    "eval_data.truncation": "test_evaluate: eval_data has options of its own",
     "log.every": "test_train: metrics come every so often",
     "model.path": "test_bad_input: a damaged model directory is named",
     "model.random_init": "test_reference: fresh weights are a reference like any other",
@@ -139,6 +149,7 @@ ELSEWHERE = {  # option: the test, here or beside, that changes it
     "reference.cache_dir": "test_folders_are_where_they_are_said_to_be",
     "reference.mode": "test_reference: without a reference nothing is scored",
     "reference.path": "test_reference: another model is a reference",
+    "resume": "test_checkpoint: another config is refused unless forced",
     "tokenizer.path": "test_bad_input: a tokenizer of its own is checked too",
 }
 
@@ -295,23 +306,29 @@ def test_differences_of_two_configs_are_named_option_by_option():
     before = {"seed": 0, "loss": {"name": "dpo", "beta": 0.1}, "optimizer": {"learning_rate": 1e-6}}
     now = {"seed": 0, "loss": {"name": "simpo", "gamma": 1.0}, "optimizer": {"learning_rate": 2e-6}}
     assert list(folder.differences(before, now)) == [
-        "loss.beta was 0.1, is null",
-        "loss.gamma was null, is 1.0",
-        'loss.name was "dpo", is "simpo"',
-        "optimizer.learning_rate was 1e-06, is 2e-06",
+        ("loss.beta", "loss.beta was 0.1, is null"),
+        ("loss.gamma", "loss.gamma was null, is 1.0"),
+        ("loss.name", 'loss.name was "dpo", is "simpo"'),
+        ("optimizer.learning_rate", "optimizer.learning_rate was 1e-06, is 2e-06"),
     ]
     assert list(folder.differences(now, now)) == []
 
 
 def test_the_first_few_differences_to_a_folders_run_are_named(world, tmp_path):
-    folder.begin(tmp_path, worlds.parse(*world.flags)[0])
-    changes = ["seed=1", "steps=6", "optimizer.learning_rate=2e-3", "batch_size=9"]
+    begin(tmp_path, worlds.parse(*world.flags)[0])
+    changes = ["seed=1", "steps=6", "optimizer.learning_rate=2e-3", "batch_size=9", "max_length=99"]
     with pytest.raises(UserError) as error:
-        folder.is_finished(tmp_path, worlds.parse(*world.flags, *(f"--config.{change}" for change in changes))[0])
+        folder.examine(tmp_path, worlds.parse(*world.flags, *(f"--config.{change}" for change in changes))[0])
     assert str(error.value) == (
-        f"--workdir={tmp_path} holds a run of another config: batch_size was 8, is 9; optimizer.learning_rate was "
-        "0.001, is 0.002; seed was 0, is 1 and 1 more; name another one."
+        f"--workdir={tmp_path} holds a run of another config: batch_size was 8, is 9; max_length was 128, is 99; "
+        "optimizer.learning_rate was 0.001, is 0.002 and 1 more; name another folder, or go on all the same with "
+        "--config.resume=force."
     )
+
+
+def begin(where, options):
+    with folder.at_work(where, options, updates=0):
+        pass
 
 
 def test_a_config_that_cannot_be_written_whole_is_not_there(world, tmp_path, monkeypatch):
@@ -325,8 +342,8 @@ def test_a_config_that_cannot_be_written_whole_is_not_there(world, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_text", full)
         with pytest.raises(UserError, match="No space left on device"):
-            folder.begin(tmp_path, options)
+            begin(tmp_path, options)
     assert not (tmp_path / "config.json").exists()
-    assert not folder.is_finished(tmp_path, options)
-    folder.begin(tmp_path, options)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert folder.examine(tmp_path, options) == "new"
+    begin(tmp_path, options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json", "metrics.jsonl"]

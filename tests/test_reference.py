@@ -282,11 +282,11 @@ def logps(world, *overrides, devices=1):
         config, _ = worlds.parse(*world.flags, *overrides)
         architecture = read_architecture(config.model.path)
         mesh = sharding.make_mesh(config.mesh.to_dict())
-        data = run.load_data(config, architecture, bind(losses(config)))
+        data = run.load_data(config, config.data, architecture, bind(losses(config)))
         plan = run.make_plan(config, data, mesh)
         scorer = run.make_scorer(config, architecture, mesh)
-        params, _ = run.load_params(config.model.path, scorer, mesh)
-        return run.load_reference(config, data, plan, scorer, params, mesh).logps
+        params = run.load_params(config.model.path, scorer, mesh)
+        return run.load_reference(config, [(data, plan)], scorer, params, mesh).columns[0]
 
 
 def test_what_the_cache_gives_is_what_was_scored_bit_for_bit(world, tmp_path):

@@ -266,20 +266,17 @@ def updating(name, learning_rate, *, max_grad_norm=None, param_dtype=jnp.float32
     params = jax.device_put(params, where)
     schedule = make_schedule(learning_rate=learning_rate, schedule="linear", warmup_steps=0, updates=10)
     optimizer = make_optimizer(name, schedule, max_grad_norm=max_grad_norm, hyperparameters={})
-    moments = sharding.optimizer_shardings(mesh, optimizer, params, where)
-    whole = sharding.replicated(mesh)
-    state = step.TrainState(
-        jax.device_put(jnp.int32(0), whole), params, jax.jit(optimizer.init, out_shardings=moments)(params)
-    )
+    homes = step.state_shardings(mesh, optimizer, params, where)
+    state = step.init_state(params, optimizer, homes)
     update = step.Update(
         scorer,
         LOSS_TERMS["dpo and sft"],
         optimizer,
         schedule,
         batch_size=BATCH_SIZE,
-        state_shardings=step.TrainState(whole, where, moments),
+        state_shardings=homes,
         batch_sharding=sharding.sharding(mesh, ("micro_batches", "rows")),
-        replicated=whole,
+        replicated=sharding.replicated(mesh),
     )
     return update, state
 

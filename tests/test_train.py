@@ -1,6 +1,7 @@
 """A run from its command line to its folder: first loss, metrics, events, model, and what an error leaves behind."""
 
 import collections
+import dataclasses
 import gc
 import json
 import math
@@ -113,7 +114,7 @@ def perturbed(monkeypatch):
 
         def load_shifted(*arguments):
             found = load(*arguments)
-            return run.Reference(found.logps + np.float32(by), found.is_initial_policy)
+            return dataclasses.replace(found, columns=[column + np.float32(by) for column in found.columns])
 
         monkeypatch.setattr(run, "load_reference", load_shifted)
 
@@ -156,7 +157,9 @@ def test_bfloat16_passes_the_check_and_trains(world, tmp_path, capsys):
 
 def test_the_folder_holds_what_is_promised(world, finished):
     workdir, history = finished
-    assert sorted(path.name for path in workdir.iterdir()) == ["config.json", "metrics.jsonl", "model", "tensorboard"]
+    assert {path.name for path in workdir.iterdir()} == {
+        ".lock", "checkpoints", "config.json", "finished", "metrics.jsonl", "model", "tensorboard",
+    }  # fmt: skip
     assert sorted(path.name for path in (workdir / "model").iterdir()) == sorted(
         path.name for path in world.model.iterdir()
     )
@@ -323,13 +326,13 @@ def test_a_run_that_did_not_finish_begins_again(world, finished, tmp_path, capsy
     (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 7.0}) + "\n")
     again = worlds.train(tmp_path, *world.flags)
-    assert f"{tmp_path} holds this run, unfinished: it begins again from update 1" in capsys.readouterr().out
+    assert f"{tmp_path} holds this run without a checkpoint: it begins again from update 1" in capsys.readouterr().out
     assert worlds.column(again, "loss").tolist() == worlds.column(history, "loss").tolist()
 
 
 def test_an_unfinished_run_of_another_config_is_refused(world, finished, tmp_path):
     (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
-    with pytest.raises(UserError, match=r"holds a run of another config: seed was 0, is 1; name another one"):
+    with pytest.raises(UserError, match=r"holds a run of another config: seed was 0, is 1; name another folder"):
         worlds.train(tmp_path, *world.flags, "--config.seed=1")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -415,7 +418,7 @@ def test_only_visible_devices_make_the_mesh(world, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of the rate itself
 def test_a_last_update_that_ruins_the_parameters_writes_no_model(world, tmp_path):
     """Loss and gradient norm are those of the parameters before it, and are sound."""
-    with pytest.raises(UserError, match="the last update made parameters that are not finite"):
+    with pytest.raises(UserError, match="update 1 made parameters that are not finite"):
         worlds.train(tmp_path / "run", *world.flags, "--config.steps=1", "--config.optimizer.learning_rate=1e39")
     assert not (tmp_path / "run" / "model").exists()
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util as traverse
@@ -336,13 +336,22 @@ def digest(params: Params) -> str:
     """
     flat = _flat(params)
     hashed = hashlib.sha256()
-    for name in sorted(flat):
-        sums = "-".join(f"{int(value):08x}" for value in jax.device_get(_mix(flat[name])))
+    for name, sums in sorted(leaf_digests(flat).items()):
         hashed.update(f"{name}:{flat[name].dtype}{flat[name].shape}:{sums};".encode())
     return hashed.hexdigest()
 
 
+def leaf_digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    """The digest of each array's values; their types have two or four bytes."""
+    sums = jax.device_get(_mix_all(dict(arrays)))
+    return {name: "-".join(f"{int(value):08x}" for value in pair) for name, pair in sums.items()}
+
+
 @jax.jit
+def _mix_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _mix(x) for name, x in arrays.items()}
+
+
 def _mix(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)

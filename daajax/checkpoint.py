@@ -1,0 +1,351 @@
+"""Checkpoints: a run's states on disk, by Orbax, each with a digest that tells a damaged one.
+
+A checkpoint has three items: `params`, which can be restored alone; `optimizer`; and `record`, JSON that says what the
+others must be. Orbax keeps no checksum of contents, so every leaf's digest is taken on the devices before it is saved
+and compared after it is restored. What is damaged is set aside and the one before it used, both of it said.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from daajax.console import say
+from daajax.errors import UserError
+from daajax.models import weights
+from daajax.models.decoder import Params
+from daajax.step import TrainState
+
+FAILURES = 3  # saves in a row that may fail before the run ends
+BEST = {  # metric that the best checkpoint may be chosen by: whether less of it is better
+    "eval/loss": True,
+    "eval/rewards/accuracies": False,
+    "eval/rewards/margins": False,
+}
+_FOLDER, _ASIDE = "checkpoints", "damaged-checkpoints"
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be used; its text is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        data: Digest of the training data.
+        model: Digest of the weights that training started from; empty where nobody asked.
+        metrics: Of an evaluation at this update.
+        leaves: Shape, dtype and digest of every leaf of the state, by path; filled in when it is saved.
+    """
+
+    data: str
+    model: str
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        where: The run's folder.
+        keep: Latest checkpoints to keep; older ones go once a later one is whole.
+        best: Key of `BEST`: the best by it is kept besides; None: by nothing.
+    """
+
+    def __init__(self, where: pathlib.Path, *, keep: int = 1, best: str | None = None):
+        self.where, self.best = where / _FOLDER, best
+        self._aside = where / _ASIDE
+        preserve: list[Any] = [policies.LatestN(keep)]
+        if best is not None:
+            name, worst = best, math.inf if BEST[best] else -math.inf
+            preserve.append(
+                policies.BestN(
+                    get_metric_fn=lambda found: found.get(name, worst),
+                    reverse=BEST[best],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._options = ocp.CheckpointManagerOptions(
+            save_decision_policy=policies.FixedIntervalPolicy(1),  # whoever calls `save` has decided
+            preservation_policy=policies.AnyPreservationPolicy(preserve),
+            cleanup_tmp_directories=True,
+        )
+        self._opened: ocp.CheckpointManager | None = None
+        self._failures = 0
+
+    @property
+    def steps(self) -> list[int]:
+        """Updates that there is a checkpoint of, ascending."""
+        if not self.where.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.where.iterdir() if path.name.isdecimal())
+
+    def choose(self, step: int | None) -> int:
+        """The update that a command asks for: itself, 0 for the initial policy, or None for the latest checkpoint.
+
+        Raises:
+            UserError: If there is none of that update.
+        """
+        steps = self.steps
+        if step is None and steps:
+            return steps[-1]
+        if step is None or (step != 0 and step not in steps):
+            there = ", ".join(map(str, steps)) or "none"
+            wanted = "checkpoint" if step is None else f"checkpoint of update {step}"
+            raise UserError(f"{self.where} has no {wanted}; there are: {there}; --step=0 is the initial policy.")
+        return step
+
+    def best_step(self) -> int | None:
+        """The update whose checkpoint is best by the metric chosen; None if none was evaluated."""
+        found = {}
+        if self.best is None:
+            return None
+        for step in self.steps:
+            with contextlib.suppress(DamagedError):
+                found[step] = self.record(step).metrics.get(self.best, math.nan)
+        sound = {step: value for step, value in found.items() if math.isfinite(value)}
+        return (min if BEST[self.best] else max)(sound, key=sound.__getitem__, default=None)
+
+    def save(self, step: int, state: TrainState, record: Record, *, wait: bool = False) -> None:
+        """Begins to save a state, which goes to disk in the background.
+
+        A save that fails is reported and the run goes on; what it left behind is removed and the next save tries again.
+
+        Args:
+            step: Updates done.
+            state: Not changed, and free to be donated when this returns.
+            record: What to say of it.
+            wait: Return once it is on disk.
+
+        Raises:
+            UserError: If `FAILURES` saves in a row have failed.
+        """
+        record = dataclasses.replace(record, leaves=_leaves(state))
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            record=ocp.args.JsonSave({"content": _json(record), "sha256": _sha256(_json(record))}),
+        )
+
+        def act() -> None:
+            self._manager.save(step, args=items, metrics=dict(record.metrics) or None)
+            if wait:
+                self._manager.wait_until_finished()
+
+        # An earlier save that failed in the background is only heard of now, in place of this one: hence twice.
+        for _ in range(2):
+            if self._is_done(step, act):
+                return
+
+    def close(self) -> None:
+        """Ends background work."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def record(self, step: int) -> Record:
+        """What a checkpoint says of itself.
+
+        Raises:
+            DamagedError: If it cannot be read.
+        """
+        found = self._read(step, record=ocp.args.JsonRestore())["record"]
+        try:
+            if _sha256(found["content"]) != found["sha256"]:
+                raise DamagedError("its record is not what was saved")
+            return Record(**json.loads(found["content"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(f"its record cannot be read: {_one_line(error)}") from None
+
+    def restore(
+        self, step: int, abstract: TrainState, fresh: Callable[[Params], TrainState] | None = None
+    ) -> TrainState:
+        """Reads a state onto the devices.
+
+        Args:
+            step: Which.
+            abstract: Shapes, dtypes and shardings.
+            fresh: Makes a state of parameters alone, should the checkpoint be of another optimizer; None refuses it.
+
+        Raises:
+            UserError: If it is the state of another model or optimizer.
+            DamagedError: If any of it is not what was saved.
+        """
+        record, place = self.record(step), str(self.where / str(step))
+        _check_fits(record, abstract, "params", place)
+        items = {"params": ocp.args.StandardRestore(abstract.params)}
+        try:
+            _check_fits(record, abstract, "optimizer", place)
+            items["optimizer"] = ocp.args.StandardRestore(abstract.optimizer)
+        except UserError as error:
+            if fresh is None:
+                raise
+            say(f"{error} Forced: its parameters are taken, and the optimizer starts afresh")
+        found = self._read(step, **items)
+        state = TrainState(None, found["params"], found.get("optimizer", ()))
+        _check_leaves(record, _leaves(state))
+        if fresh is not None and "optimizer" not in items:
+            state = fresh(state.params)
+        return state._replace(step=jax.device_put(jnp.int32(step), abstract.step.sharding))
+
+    def restore_params(self, step: int, abstract: Params) -> Params:
+        """Reads the parameters alone.
+
+        Args:
+            step: Which.
+            abstract: Shapes, dtypes and shardings.
+
+        Raises:
+            UserError: If it is another model's or damaged.
+        """
+        try:
+            record = self.record(step)
+            _check_fits(record, TrainState(None, abstract, ()), "params", str(self.where / str(step)))
+            params = self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
+            _check_leaves(record, _leaves(TrainState(None, params, ())))
+        except DamagedError as reason:
+            raise UserError(f"checkpoint {self.where / str(step)} is damaged ({reason}); use another --step.") from None
+        return params
+
+    def restore_latest(
+        self, abstract: TrainState, fresh: Callable[[Params], TrainState] | None = None
+    ) -> tuple[int, TrainState]:
+        """The latest checkpoint that is sound, of those that there are: its update and its state.
+
+        Damaged ones are moved out of the way, never removed.
+
+        Args:
+            abstract: See `restore`.
+            fresh: See `restore`.
+
+        Raises:
+            UserError: If all of them are damaged.
+        """
+        damaged = []
+        for step in reversed(self.steps):
+            try:
+                return step, self.restore(step, abstract, fresh)
+            except DamagedError as reason:
+                self.close()
+                aside = self._aside / str(step)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                (self.where / str(step)).rename(aside)
+                say(f"checkpoint of update {step} is damaged ({reason}): set aside as {aside}")
+                damaged.append(str(step))
+        raise UserError(
+            f"every checkpoint is damaged (updates {', '.join(damaged)}; now in {self._aside}); name another --workdir "
+            "to begin again."
+        )
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._opened is None:
+            self._opened = ocp.CheckpointManager(self.where.absolute(), options=self._options)
+        return self._opened
+
+    def _is_done(self, step: int, act: Callable[[], None]) -> bool:
+        """Whether saving went well; if not, what it left behind is removed."""
+        try:
+            act()
+        except Exception as error:  # Orbax and TensorStore raise whatever the file system makes of it
+            self._failures += 1
+            with contextlib.suppress(Exception):
+                self.close()
+            self._opened = None
+            for left in self.where.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+            line = f"the checkpoint of update {step}, or the one before, could not be saved ({_one_line(error)})"
+            if self._failures >= FAILURES:
+                raise UserError(
+                    f"{line}: {self._failures} times in a row; make room or make {self.where} writable, then start the "
+                    "same command again."
+                ) from None
+            say(f"{line}; the run goes on and tries again")
+            return False
+        self._failures = 0
+        return True
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # a page of TensorStore's text, of many kinds
+            raise DamagedError(_one_line(error)) from None
+
+
+def check_origin(before: Record, now: Record, *, forced: bool) -> None:
+    """Refuses to go on with other data, or from other initial weights, than a checkpoint was made with.
+
+    Args:
+        before: Of the checkpoint.
+        now: Of this run.
+        forced: Say it and go on all the same.
+
+    Raises:
+        UserError: If they differ.
+    """
+    for what, old, new in (("data", before.data, now.data), ("weights of the model", before.model, now.model)):
+        if old and new and old != new:
+            line = f"the {what} changed since the checkpoint was made: digest {old[:12]} then, {new[:12]} now"
+            if not forced:
+                raise UserError(f"{line}; restore them, or go on all the same with --config.resume=force.")
+            say(f"{line} (forced)")
+
+
+def _leaves(state: TrainState) -> dict[str, str]:
+    """Shape, dtype and digest of every leaf, by path; where leaves are abstract, without the digest."""
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path({"params": state.params, "optimizer": state.optimizer})
+    }
+    digests = weights.leaf_digests({n: leaf for n, leaf in leaves.items() if isinstance(leaf, jax.Array)})
+    return {
+        name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}] {digests.get(name, '')}" for name, leaf in leaves.items()
+    }
+
+
+def _check_fits(record: Record, abstract: TrainState, item: str, place: str) -> None:
+    """Refuses an item of another model or optimizer before Orbax reads it."""
+    before, now = (
+        {name: text.split()[0] for name, text in leaves.items() if name.startswith(f"{item}/")}
+        for leaves in (record.leaves, _leaves(abstract))
+    )
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"checkpoint {place} is of another model or optimizer: {name} is {before.get(name, 'not there')}, "
+                f"needed is {now.get(name, 'nothing of that name')}."
+            )
+
+
+def _check_leaves(record: Record, found: Mapping[str, str]) -> None:
+    for name, text in found.items():
+        if record.leaves.get(name) != text:
+            raise DamagedError(f"{name} is not what was saved")
+
+
+def _json(record: Record) -> str:
+    return json.dumps(dataclasses.asdict(record), sort_keys=True)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -1,0 +1,149 @@
+"""Held-out metrics: the loss and all that training reports of it, over a whole data set at once.
+
+`python -m daajax.evaluate --workdir=DIR [--step=N] [--config.eval_data.path=FILE …]` evaluates a run's checkpoint; step
+0 is the initial policy. Training calls the same `Evaluation` every `eval.every` updates.
+"""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from daajax import checkpoint, command, metrics, run, sharding
+from daajax.config import Config, losses
+from daajax.console import Progress, say
+from daajax.data.batches import Batches
+from daajax.data.packing import Plan
+from daajax.data.tokens import TokenizedData
+from daajax.errors import UserError
+from daajax.losses.terms import Term, bind
+from daajax.models.decoder import Params
+from daajax.models.families import read_architecture
+from daajax.scoring import Batch, Scorer
+from daajax.step import Counts, Sums, loss_of, sums_of
+
+_REPORT = "evaluations.jsonl"
+
+
+class Evaluation:
+    """Evaluates parameters on one data set, the same way at every call.
+
+    Every example is scored once, in rows as in training; the loss is then taken of all of them together, so that it is
+    that of one update over the whole set, whatever the batches were. An objective coupled over an update sees them all.
+
+    Args:
+        scorer: The policy's.
+        terms: The loss.
+        data: The examples.
+        plan: Visits each of them once.
+        reference: Reference log-prob of each of the data's tokens, nats; None without a reference.
+        mesh: The mesh.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        terms: Sequence[Term],
+        data: TokenizedData,
+        plan: Plan,
+        reference: Float[np.ndarray, " total"] | None,
+        mesh: Any,
+    ):
+        def sums(params: Params, part: Batch, keys: int) -> Sums:
+            return sums_of(scorer.token_logps(params, part, keys=keys), part, reference=reference is not None)
+
+        self._sums = jax.jit(sums, static_argnums=2, out_shardings=sharding.replicated(mesh))
+        self._report = jax.jit(functools.partial(_report, terms=terms))
+        self._batches, self._mesh = Batches(data, plan, reference), mesh
+        self._data, self._responses = data, data.lengths.shape[1] - 1
+        self._has_reference = reference is not None
+
+    def __call__(self, params: Params, progress: Progress | None = None) -> dict[str, float]:
+        """Metrics by name, such as `eval/loss`; by source too, `eval/<source>/loss`, where there are several."""
+        sums = self._score(params, progress)
+        examples = {"lengths": self._data.scored_lengths(), "weights": self._data.weights}
+        found = {}
+        for prefix, mask in self._groups():
+            values = jax.device_get(self._report(sums, examples, mask))
+            found |= {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        return found
+
+    def _score(self, params: Params, progress: Progress | None) -> Sums:
+        """Sums over each response of every example, nats, on the host."""
+        shape = (len(self._data.weights), self._responses)
+        logps, log_ratios = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        plan = self._batches.plan
+        for update in range(plan.updates):
+            batch = self._batches[update]
+            for n in range(plan.micro_batches):
+                part = {name: value[n] for name, value in batch.items()}
+                placed = sharding.place(self._mesh, part, ("rows",))
+                sums = jax.device_get(self._sums(params, placed, plan.shape(update).keys))
+                real = part["ids"] >= 0
+                logps[part["ids"][real]] = sums.logps[real]
+                if sums.log_ratios is not None:
+                    log_ratios[part["ids"][real]] = sums.log_ratios[real]
+            if progress is not None:
+                progress.advance()
+        return Sums(jnp.asarray(logps), jnp.asarray(log_ratios) if self._has_reference else None)
+
+    def _groups(self) -> list[tuple[str, Bool[np.ndarray, " examples"]]]:
+        """Prefix of the metrics' names, and which examples they are of."""
+        return [("eval", np.ones(len(self._data.weights), bool))]
+
+
+def _report(
+    sums: Sums, examples: Batch, mask: Bool[Array, " examples"], *, terms: Sequence[Term]
+) -> dict[str, Float[Array, ""]]:
+    """The loss of the examples in a mask, and what is logged of it."""
+    places = jnp.where(mask, jnp.arange(len(mask)), -1)
+    lengths = jnp.where(mask[:, None], examples["lengths"], 0)
+    counts = Counts.of({"places": places, "lengths": lengths})
+    _, logged = loss_of(sums, {**examples, "places": places}, terms, counts)
+    return logged.values()
+
+
+def evaluate(config: Config, workdir: str, step: int | None = None) -> None:
+    """Evaluates a checkpoint on held-out data; prints the metrics and adds them to the run's `evaluations.jsonl`.
+
+    Args:
+        config: The run's, with what the command line changes.
+        workdir: Its folder.
+        step: Update of the checkpoint; 0 is the initial policy, None the latest.
+
+    Raises:
+        UserError: If there is no such checkpoint, no held-out data, or the data do not fit.
+    """
+    if config.eval_data.path is None:
+        raise UserError("the run has no held-out data; name some with --config.eval_data.path=….")
+    where = pathlib.Path(workdir)
+    terms = bind(losses(config))
+    architecture = read_architecture(config.model.path)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    saved = checkpoint.Checkpoints(where)
+    step = saved.choose(step)
+    data, plan = run.load_held_out(config, architecture, terms, mesh)
+    scorer = run.make_scorer(config, architecture, mesh)
+    reference = None
+    if config.reference.mode != "none":
+        initial = run.load_initial_params(config, scorer, mesh)
+        (reference,) = run.load_reference(config, [(data, plan)], scorer, initial, mesh).columns
+        del initial  # before the others come
+    params = run.params_at(config, saved, step, scorer, mesh)
+    progress = Progress("evaluate", plan.updates, "batch")
+    values = Evaluation(scorer, terms, data, plan, reference, mesh)(params, progress)
+    progress.close()
+    for name, value in values.items():
+        say(f"{name}: {value:.6g}")
+    with (where / _REPORT).open("a", encoding="utf-8") as report:
+        report.write(metrics.as_json({"step": step, "data": config.eval_data.path, **values}) + "\n")
+    say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _REPORT}")
+
+
+if __name__ == "__main__":
+    command.run_at(evaluate, "evaluate", step=int)
