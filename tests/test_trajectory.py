@@ -19,6 +19,12 @@ WHOLE = {  # name: devices, overrides; these repeat all of TRL's 30 updates
     "packing and sharing off": (1, PACKED_OFF),
     "micro_batches=4": (1, ("--config.micro_batches=4",)),
     "fsdp=8": (8, ("--config.mesh.fsdp=8",)),
+    "data=2 fsdp=2 tensor=2 micro_batches=2": (
+        8,
+        ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.micro_batches=2"),
+    ),
+    "fsdp=4 tensor=2": (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")),
+    "data=8": (8, ("--config.mesh.data=8", "--config.mesh.fsdp=1")),
 }
 OTHERS = {
     "sharing off": (1, ("--config.packing.prefix_sharing=False",)),
@@ -30,12 +36,6 @@ OTHERS = {
     "attention=dense": (8, ("--config.attention=dense",)),  # rows of one pair: the mask is quadratic
     "remat=full": (1, ("--config.remat=full",)),
     "remat=dots": (1, ("--config.remat=dots",)),
-    "data=8": (8, ("--config.mesh.data=8", "--config.mesh.fsdp=1")),
-    "fsdp=4 tensor=2": (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")),
-    "data=2 fsdp=2 tensor=2 micro_batches=2": (
-        8,
-        ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.micro_batches=2"),
-    ),
     "tensor=2 all off": (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2", *PACKED_OFF)),
 }
 LAYOUTS = WHOLE | OTHERS
