@@ -8,13 +8,14 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from configs import base
-from daajax import folder
+from daajax import folder, memory
 from daajax.config import Config, resolve
 from daajax.errors import UserError
 
@@ -25,18 +26,18 @@ DIR is a run's folder. Every option with its meaning is in configs/base.py."""
 
 
 def run(main: Callable[[Config, str], None], name: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a command that starts from a config, and ends the process.
+    """Runs a command that starts from a config; see `end`.
 
     Args:
         main: Takes the resolved config and the run's folder.
         name: Of the command.
         argv: Arguments, program name first; None takes the process's.
     """
-    end_with(lambda arguments: main(*parse(arguments, name)), _USAGE.format(name=name), argv)
+    end(lambda arguments: main(*parse(arguments, name)), _USAGE.format(name=name), argv)
 
 
 def run_at(main: Callable[..., None], name: str, argv: Sequence[str] | None = None, **options: type) -> None:
-    """Runs a command that starts from a run's folder, and ends the process.
+    """Runs a command that starts from a run's folder; see `end`.
 
     Args:
         main: Takes the run's config, its folder, and by name those of its options that are given.
@@ -46,19 +47,19 @@ def run_at(main: Callable[..., None], name: str, argv: Sequence[str] | None = No
     """
     usage = _USAGE_AT.format(name=name, options="".join(f" [--{option}=…]" for option in options))
 
-    def act(arguments: list[str]) -> None:
+    def act(arguments: Sequence[str]) -> None:
         config, workdir, values = parse_at(arguments, name, options)
         main(config, workdir, **{option: value for option, value in values.items() if value is not None})
 
-    end_with(act, usage, argv)
+    end(act, usage, argv)
 
 
-def end_with(main: Callable[[list[str]], None], usage: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a command on its arguments and ends the process: exit code 0 done, 1 a clear error, 130 from the keyboard.
+def end(main: Callable[[Sequence[str]], None], usage: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and ends the process: exit code 0 done, 1 a clear error, 130 stopped from the keyboard.
 
     Args:
         main: Takes the arguments, program name first.
-        usage: What --help prints.
+        usage: What `--help` prints.
         argv: The arguments; None takes the process's.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -73,6 +74,12 @@ def end_with(main: Callable[[list[str]], None], usage: str, argv: Sequence[str] 
     except UserError as error:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(f"error: out of memory ({one_line(error)[:200]}); {memory.REMEDIES}.\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
@@ -145,7 +152,7 @@ def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]
             define[kind](option, None, "", flag_values=values)
         rest = values(argv)
     except Exception as error:  # from another library, of several kinds: whatever it is, the line is at fault
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     for option in unset:
         place, key = _place(config, option.removeprefix("--config."))
         if isinstance(place[key], config_dict.ConfigDict):
@@ -184,7 +191,7 @@ def _load(file: str, argument: str) -> Config:
         raise
     except Exception as error:  # a recipe is a program: whatever it raises is the recipe's
         where = ":".join([file, *_line(error, file)])
-        raise UserError(f"{where}: {type(error).__name__}: {_one_line(error)}") from None
+        raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(
             f"{file}: get_config() returns a {type(config).__name__}; it must return base.get_config(), changed."
@@ -214,7 +221,7 @@ def _place(config: Config, option: str) -> tuple[Config, str]:
     return place, option.rpartition(".")[2]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an error says, without what ml_collections adds to it: the whole config."""
     text: Any = error.msg if isinstance(error, SyntaxError) else error
     while isinstance(text, AttributeError | KeyError) and text.args:  # the second would say it in quotes

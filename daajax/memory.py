@@ -7,7 +7,7 @@ import jax
 
 from daajax.errors import UserError
 
-_REMEDIES = (
+REMEDIES = (
     "raise micro_batches, set remat=full, lower max_length or batch_size, or spread the model over more devices with "
     "mesh.fsdp"
 )
@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 def check(compiled: Any, what: str) -> str:
-    """Compares what a compiled program needs besides its arguments with what is free.
+    """Compares what a compiled program needs, its arguments included, with what is free before they are there.
 
     Args:
         compiled: A `jax.stages.Compiled`.
@@ -31,10 +31,11 @@ def check(compiled: Any, what: str) -> str:
     if analysis is None or free is None:
         return ""
     devices = 1 if jax.default_backend() != "cpu" else len(jax.local_devices())  # those of a CPU share its memory
-    needed = devices * (analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    line = f"{what} needs {needed / _GIB:.2f} GiB beside the state, {free / _GIB:.2f} GiB are free"
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    needed = devices * (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + outputs)
+    line = f"{what} needs {needed / _GIB:.2f} GiB of memory, {free / _GIB:.2f} GiB are free"
     if needed > free:
-        raise UserError(f"{line}; {_REMEDIES}.")
+        raise UserError(f"{line}; {REMEDIES}.")
     return line
 
 

@@ -182,6 +182,14 @@ def place(
     return {key: jax.make_array_from_callback(value.shape, where, value.__getitem__) for key, value in batch.items()}
 
 
+def abstract(
+    mesh: Mesh, batch: Mapping[str, np.ndarray], leading: Axes = ("micro_batches", "rows")
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `place` would make, without making it."""
+    where = sharding(mesh, leading)
+    return {key: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where) for key, value in batch.items()}
+
+
 def constrain(mesh: Mesh, axes: Axes) -> Callable[[jax.Array], jax.Array]:
     """A function that says where its argument lives, for use under jit."""
     where = sharding(mesh, axes)

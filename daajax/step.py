@@ -245,8 +245,11 @@ class Update:
         )
         self._compiled = {}
 
-    def compile(self, state: TrainState, batch: Batch, *, keys: int) -> jax.stages.Compiled:
-        """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one."""
+    def compile(self, state: TrainState, batch: Mapping[str, Any], *, keys: int) -> jax.stages.Compiled:
+        """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one.
+
+        State and batch may be abstract: shapes, dtypes and shardings are enough.
+        """
         compiled = self._compiled[_shapes(batch), keys] = self._jitted.lower(state, batch, keys).compile()
         return compiled
 
@@ -258,5 +261,5 @@ class Update:
         return self._compiled[key](state, batch)
 
 
-def _shapes(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _shapes(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple(sorted((name, value.shape) for name, value in batch.items()))

@@ -84,6 +84,27 @@ def train(config: Config, workdir: str) -> None:
     for line in sharding.describe(shapes, param_shardings):
         say(f"model: {line}")
 
+    # ------------------------------------------------------------------ the compiled update, before minutes are spent
+    homes = step.state_shardings(mesh, optimizer, shapes, param_shardings)
+    abstract = step.abstract_state(shapes, optimizer, homes)
+    update = step.Update(
+        scorer,
+        terms,
+        optimizer,
+        schedule,
+        batch_size=plan.batch_size,
+        state_shardings=homes,
+        batch_sharding=sharding.sharding(mesh, ("micro_batches", "rows")),
+        replicated=sharding.replicated(mesh),
+    )
+    began, largest = time.perf_counter(), plan.largest_update()
+    abstract_batch = sharding.abstract(mesh, Batches(data, plan)[largest])
+    compiled = update.compile(abstract, abstract_batch, keys=plan.shape(largest).keys)
+    say(f"compiled the update in {time.perf_counter() - began:.1f} s")
+    if fits := memory.check(compiled, "the update"):
+        say(f"memory: {fits}")
+    del compiled
+
     # ------------------------------------------------------------------ reference, then its weights are gone
     saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     resumes, reference, columns, params = bool(saved.steps), None, [None] * len(sets), {}
@@ -96,13 +117,12 @@ def train(config: Config, workdir: str) -> None:
     evaluation = Evaluation(scorer, terms, *sets[1], columns[1], mesh) if sets[1:] else None
 
     # ------------------------------------------------------------------ the state, fresh or from a checkpoint
-    homes = step.state_shardings(mesh, optimizer, shapes, param_shardings)
     origin = checkpoint.Record(data=data.digest, model="" if reference is None else reference.policy)
     if resumes:
         params.clear()  # before the others come
         forced = config.resume == "force"
         fresh = functools.partial(step.init_state, optimizer=optimizer, shardings=homes) if forced else None
-        done, state = saved.restore_latest(step.abstract_state(shapes, optimizer, homes), fresh)
+        done, state = saved.restore_latest(abstract, fresh)
         checkpoint.check_origin(saved.record(done), origin, forced=forced)
         if done > plan.updates:
             raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
@@ -112,28 +132,12 @@ def train(config: Config, workdir: str) -> None:
             say(f"{where} holds this run without a checkpoint: it begins again from update 1")
         done, state = 0, step.init_state(params, optimizer, homes)
     del params  # donated with the state
-
-    # ------------------------------------------------------------------ the compiled update
-    update = step.Update(
-        scorer,
-        terms,
-        optimizer,
-        schedule,
-        batch_size=plan.batch_size,
-        state_shardings=homes,
-        batch_sharding=sharding.sharding(mesh, ("micro_batches", "rows")),
-        replicated=sharding.replicated(mesh),
-    )
     expected, why_not = None, first_loss.why_not_checked(config, reference, done)
-    if done < plan.updates:
-        first = sharding.place(mesh, batches[done])
-        began = time.perf_counter()
-        compiled = update.compile(state, first, keys=plan.shape(done).keys)
-        say(f"compiled the update in {time.perf_counter() - began:.1f} s; {memory.check(compiled, 'it')}")
-        if why_not:
-            say(f"first loss: not checked, {why_not}")
-        else:
-            expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
+    if why_not:
+        say(f"first loss: not checked, {why_not}")
+    else:
+        first = sharding.place(mesh, batches[0])
+        expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
         del first
 
     # ------------------------------------------------------------------ the updates

@@ -83,6 +83,10 @@ class Plan:
         """The capacities of this update's rows."""
         return self.shapes[self.shape_of[update]]
 
+    def largest_update(self) -> int:
+        """An update of the longest rows."""
+        return int(np.argmax([self.shapes[shape].length for shape in self.shape_of]))
+
     def report(self) -> list[str]:
         """Readable lines: the layout, and how much of each capacity is real."""
         shapes = ", ".join(
