@@ -7,14 +7,17 @@ host side fetches them once a log interval. A new number is a line in `of_exampl
 import json
 import math
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorboardX
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from daajax.data.packing import Plan
 from daajax.losses.objectives import Losses
 from daajax.losses.scores import Responses
 
@@ -90,6 +93,41 @@ def of_examples(
         maxima["log_ratios/largest"] = size.max()
         maxima["log_ratios/largest_per_sqrt_token"] = (size / jnp.sqrt(jnp.maximum(responses.lengths, 1))).max()
     return Logged(sums, maxima)
+
+
+class Clock:
+    """What is known of updates from the plan and the wall clock.
+
+    Args:
+        plan: Of the run.
+        lengths: Tokens of each example's parts.
+        done: Updates done before.
+    """
+
+    def __init__(self, plan: Plan, lengths: Int[np.ndarray, "examples parts"], done: int):
+        self._plan, self._examples = plan, len(lengths)
+        tokens = np.where(plan.windows >= 0, lengths.sum(axis=1)[plan.windows], 0).sum(axis=1)
+        self._tokens = np.concatenate([[0], np.cumsum(tokens)])
+        self._at, self._time = done, time.perf_counter()
+
+    def restart(self) -> None:
+        """Leaves out of the updates' time what was done between them."""
+        self._time = time.perf_counter()
+
+    def read(self, t: int) -> dict[str, float]:
+        """Numbers of the updates since the last call, including update t, which the device has finished."""
+        now, done = time.perf_counter(), t + 1
+        seconds, updates = now - self._time, done - self._at
+        tokens = int(self._tokens[done] - self._tokens[self._at])
+        self._at, self._time = done, now
+        return {
+            "epoch": done * self._plan.batch_size / self._examples,
+            "num_tokens": int(self._tokens[done]),
+            "update_seconds": seconds / updates,
+            "pairs_per_second": updates * self._plan.batch_size / seconds,
+            "tokens_per_second": tokens / seconds,
+            "packing_efficiency": self._plan.efficiency["length"],
+        }
 
 
 def as_json(values: Mapping[str, Any]) -> str:

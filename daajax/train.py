@@ -12,13 +12,11 @@ import pathlib
 import time
 
 import jax
-import numpy as np
 
 from daajax import checkpoint, command, first_loss, folder, memory, metrics, run, sharding, step
 from daajax.config import Config, hyperparameters, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
-from daajax.data.packing import Plan
 from daajax.data.windows import describe
 from daajax.errors import UserError
 from daajax.evaluate import Evaluation
@@ -142,7 +140,7 @@ def train(config: Config, workdir: str) -> None:
 
     # ------------------------------------------------------------------ the updates
     progress = Progress("train", plan.updates, "update", done=done)
-    clock = _Clock(plan, data.lengths, done)
+    clock = metrics.Clock(plan, data.lengths, done)
     queued: collections.deque[jax.Array] = collections.deque()
     earliest, latest = {}, {}
     with contextlib.ExitStack() as stack:
@@ -223,35 +221,6 @@ def _evaluated(evaluation: Evaluation, params: Params, updates: int) -> dict[str
     shown = [f"{name} {values[f'eval/{name}']:.4g}" for name in SHOWN if f"eval/{name}" in values]
     say(f"evaluation after update {updates}: {', '.join(shown)}")
     return values
-
-
-class _Clock:
-    """What is known of an update from the plan and the wall clock."""
-
-    def __init__(self, plan: Plan, lengths: np.ndarray, done: int):
-        self._plan, self._examples = plan, len(lengths)
-        tokens = np.where(plan.windows >= 0, lengths.sum(axis=1)[plan.windows], 0).sum(axis=1)
-        self._tokens = np.concatenate([[0], np.cumsum(tokens)])
-        self._at, self._time = done, time.perf_counter()
-
-    def restart(self) -> None:
-        """Leaves out of the updates' time what was done between them."""
-        self._time = time.perf_counter()
-
-    def read(self, t: int) -> dict[str, float]:
-        """Numbers of the updates since the last call, including update t, which the device has finished."""
-        now, done = time.perf_counter(), t + 1
-        seconds, updates = now - self._time, done - self._at
-        tokens = int(self._tokens[done] - self._tokens[self._at])
-        self._at, self._time = done, now
-        return {
-            "epoch": done * self._plan.batch_size / self._examples,
-            "num_tokens": int(self._tokens[done]),
-            "update_seconds": seconds / updates,
-            "pairs_per_second": updates * self._plan.batch_size / seconds,
-            "tokens_per_second": tokens / seconds,
-            "packing_efficiency": self._plan.efficiency["length"],
-        }
 
 
 if __name__ == "__main__":
