@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from tokenizers import Tokenizer, models, normalizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORIES = str(ROOT / "configs" / "stories.py")
@@ -132,6 +132,7 @@ def save_tokenizer(folder: pathlib.Path, *, vocab_size: int = 128, **config: Any
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
     backend.train_from_iterator(TEXT.split(" "), trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     backend.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>"}
     settings |= {"eos_token": "</s>"} | config

@@ -1,8 +1,8 @@
 """The decoder: from tokens to the hidden states that predict their successors.
 
 Layers are pure functions of (parameters, x, architecture). The linen modules below only declare parameters, each with
-its logical axes, and call those functions under scan and remat. Nothing here knows where arrays live: `attend` and
-`constrain` come from outside.
+its logical axes, and call those functions under scan and remat; `decode` calls them on parameters that there are, and
+returns what a key-value cache keeps. Nothing here knows where arrays live: `attend` and `constrain` come from outside.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from daajax.models.families import Architecture, Rope
 
 Attend = Callable[[Array, Array, Array, Any], Array]  # queries, keys, values, what each may see -> output
 Params = dict[str, Any]
+Memory = tuple[Array, Array]  # rotated keys, values: of a layer, or of all of them with their axis in front
 
 REMAT = {  # what the backward pass keeps of a layer
     "none": None,  # everything: fastest
@@ -93,6 +94,12 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
     return frequencies.astype(np.float32)
 
 
+def rope_angles(architecture: Architecture, positions: Int[Array, "rows length"]) -> Float[Array, "rows length half"]:
+    """Radians by which each token's pairs of features are turned."""
+    frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
+    return positions[:, :, None] * frequencies[None, None, :]
+
+
 def rotate(
     x: Float[Array, "rows length heads head_dim"], angles: Float[Array, "rows length half"]
 ) -> Float[Array, "rows length heads head_dim"]:
@@ -110,15 +117,21 @@ def project(x: Float[Array, "*axes inputs"], weight: Float[Array, "inputs output
     return flat.reshape(*x.shape[:-1], weight.shape[-1])
 
 
-def attention_block(params: Params, x, angles, seen, architecture: Architecture, attend: Attend):
-    """Grouped-query self-attention; x is [rows, length, embed], `seen` is what `attend` needs to know of the rows."""
+def attention_block(
+    params: Params, x, angles, seen, architecture: Architecture, attend: Attend
+) -> tuple[Float[Array, "rows length embed"], Memory]:
+    """Grouped-query self-attention, and the keys and values that it made.
+
+    x is [rows, length, embed], `seen` is what `attend` needs to know of the rows.
+    """
     rows, length, _ = x.shape
     q, k, v = (
         project(x, params[name]).reshape(rows, length, -1, architecture.head_dim)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    output = attend(rotate(q, angles), rotate(k, angles), v, seen)
-    return project(output.reshape(rows, length, -1), params["o_proj"])
+    k = rotate(k, angles)
+    output = attend(rotate(q, angles), k, v, seen)
+    return project(output.reshape(rows, length, -1), params["o_proj"]), (k, v)
 
 
 def mlp_block(params: Params, x: Float[Array, "rows length embed"]) -> Float[Array, "rows length embed"]:
@@ -126,11 +139,15 @@ def mlp_block(params: Params, x: Float[Array, "rows length embed"]) -> Float[Arr
     return project(jax.nn.silu(project(x, params["gate_proj"])) * project(x, params["up_proj"]), params["down_proj"])
 
 
-def decoder_layer(params: Params, x, angles, seen, architecture: Architecture, attend: Attend):
-    """One pre-norm transformer layer on the residual stream x, [rows, length, embed]."""
+def decoder_layer(
+    params: Params, x, angles, seen, architecture: Architecture, attend: Attend
+) -> tuple[Float[Array, "rows length embed"], Memory]:
+    """One pre-norm transformer layer on the residual stream x, [rows, length, embed], and its keys and values."""
     eps = architecture.rms_norm_eps
-    x = x + attention_block(params, rms_norm(x, params["input_layernorm"], eps), angles, seen, architecture, attend)
-    return x + mlp_block(params, rms_norm(x, params["post_attention_layernorm"], eps))
+    normed = rms_norm(x, params["input_layernorm"], eps)
+    attended, memory = attention_block(params, normed, angles, seen, architecture, attend)
+    x = x + attended
+    return x + mlp_block(params, rms_norm(x, params["post_attention_layernorm"], eps)), memory
 
 
 class _Layer(nn.Module):
@@ -146,7 +163,8 @@ class _Layer(nn.Module):
     def __call__(self, x, angles, seen):
         parameters = layer_parameters(self.architecture)
         params = {name: _declare(self, name, parameter).astype(self.dtype) for name, parameter in parameters.items()}
-        return self.constrain(decoder_layer(params, x, angles, seen, self.architecture, self.attend)), None
+        x, _ = decoder_layer(params, x, angles, seen, self.architecture, self.attend)
+        return self.constrain(x), None
 
 
 class Decoder(nn.Module):
@@ -184,8 +202,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = self.constrain(outer["embed_tokens"][tokens])
-        frequencies = rope_frequencies(self.architecture.rope, self.architecture.head_dim)
-        angles = positions[:, :, None] * frequencies[None, None, :]
+        angles = rope_angles(self.architecture, positions)
         stack = layers(self.architecture, self.attend, self.constrain, self.dtype, self.param_dtype, name="layers")
         x, _ = stack(x, angles, seen)
         return rms_norm(x, outer["norm"], self.architecture.rms_norm_eps)
@@ -196,6 +213,42 @@ def _declare(module: nn.Module, name: str, parameter: Parameter) -> Array:
     init = nn.initializers.ones if parameter.ones else normal
     value: Any = module.param(name, nn.with_partitioning(init, parameter.axes), parameter.shape, module.param_dtype)
     return value
+
+
+def decode(
+    model: Decoder,
+    params: Params,
+    tokens: Int[Array, "rows length"],
+    positions: Int[Array, "rows length"],
+    seen: Any,
+    memory: Memory | None = None,
+) -> tuple[Float[Array, "rows length embed"], Memory]:
+    """What the decoder computes, and with it the keys and values of these tokens in every layer.
+
+    Args:
+        model: The decoder; not differentiated, so its `remat` does not matter.
+        params: Its parameters.
+        tokens: Token ids.
+        positions: Rotary positions.
+        seen: What `model.attend` needs to know of the rows.
+        memory: Keys and values of earlier tokens, [layers, …]; each layer's `attend` is then given (seen, its memory).
+
+    Returns:
+        Hidden states after the last norm, in the compute dtype; keys and values, [layers, rows, length, …].
+    """
+    architecture, dtype = model.architecture, model.dtype
+    angles = rope_angles(architecture, positions)
+
+    def layer(x: Array, operands: tuple[Params, Memory | None]) -> tuple[Array, Memory]:
+        stored, earlier = operands
+        weights = {name: value.astype(dtype) for name, value in stored.items()}
+        what = seen if earlier is None else (seen, earlier)
+        x, made = decoder_layer(weights, x, angles, what, architecture, model.attend)
+        return model.constrain(x), made
+
+    x = model.constrain(params["embed_tokens"][tokens].astype(dtype))
+    x, made = jax.lax.scan(layer, x, (params["layers"], memory))
+    return rms_norm(x, params["norm"].astype(dtype), architecture.rms_norm_eps), made
 
 
 def projection(params: Params, architecture: Architecture) -> Float[Array, "vocab embed"]:

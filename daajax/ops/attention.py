@@ -57,11 +57,11 @@ def visible(
 
 def dense(
     queries: Float[Array, "rows length heads head_dim"],
-    keys: Float[Array, "rows length kv_heads head_dim"],
-    values: Float[Array, "rows length kv_heads head_dim"],
-    mask: Bool[Array, "rows length length"],
+    keys: Float[Array, "rows keys kv_heads head_dim"],
+    values: Float[Array, "rows keys kv_heads head_dim"],
+    mask: Bool[Array, "rows length keys"],
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Grouped-query attention through a mask; the oracle. Costs and holds heads × length² scores."""
+    """Grouped-query attention through a mask; the oracle. Costs and holds heads × length × keys scores."""
     rows, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     grouped = queries.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)

@@ -67,6 +67,13 @@ STATISTICS: dict[str, tuple[Callable[[_Logits], Array], Callable[[_Logits, Array
 }
 
 
+def log_probs(
+    hidden: Float[Array, "tokens embed"], weights: Float[Array, "vocab embed"]
+) -> Float[Array, "tokens vocab"]:
+    """Log-probs of every next token, nats, float32; both operands in the compute dtype."""
+    return jax.nn.log_softmax(_product(hidden, weights, ((1,), (1,))), axis=1)
+
+
 def token_statistics(
     hidden: Float[Array, "tokens embed"],
     projection: Float[Array, "vocab embed"],
@@ -164,14 +171,13 @@ _statistics.defvjp(_forward, _backward)
 
 
 def _chunk_logits(hidden, projection, targets, reference, at, chunk) -> _Logits:
-    def log_probs(states, projection):
-        logits = _product(jax.lax.dynamic_slice_in_dim(states, at, chunk), projection, ((1,), (1,)))
-        return jax.nn.log_softmax(logits, axis=1)
+    def chunk_of(states, weights):
+        return log_probs(jax.lax.dynamic_slice_in_dim(states, at, chunk), weights)
 
     return _Logits(
-        log_probs(hidden, projection),
+        chunk_of(hidden, projection),
         jax.lax.dynamic_slice(targets, (at,), (chunk,)),
-        log_probs(*reference) if reference is not None else jnp.zeros((0, 0)),
+        chunk_of(*reference) if reference is not None else jnp.zeros((0, 0)),
     )
 
 

@@ -181,7 +181,7 @@ def test_the_scan_over_layers_is_a_loop_over_decoder_layer(name):
     angles = positions[:, :, None] * decoder.rope_frequencies(a.rope, a.head_dim)[None, None]
     for layer in range(a.num_hidden_layers):
         weights = jax.tree.map(lambda stack, layer=layer: stack[layer], params["layers"])
-        x = decoder.decoder_layer(weights, x, angles, mask, a, attention.dense)
+        x, _ = decoder.decoder_layer(weights, x, angles, mask, a, attention.dense)
     expected = decoder.rms_norm(x, params["norm"], a.rms_norm_eps)
     found = model.apply({"params": params}, tokens, positions, mask)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,348 @@
+"""Sampling as a command: a model directory's responses to prompts, printed or written as JSON lines.
+
+`python -m daajax.generate --model=DIR --prompt=TEXT [--output=FILE.jsonl] [--temperature=0.7 …]`; `--help` lists the
+options. From a program, `daajax.generator.Generator` is what samples.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from daajax import command, run, sampling, sharding
+from daajax.console import say
+from daajax.data import sources
+from daajax.data.sources import BadRow, Messages
+from daajax.data.tokenization import Rendering, encode
+from daajax.data.tokenizer import chat_template, check_vocabulary, load_tokenizer, render
+from daajax.errors import UserError
+from daajax.generator import Generator, Samples, check_prompts
+from daajax.models.decoder import Params
+from daajax.models.families import Architecture, read_architecture
+from daajax.scoring import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+USAGE = """usage: python -m daajax.generate --model=DIR --prompt=TEXT [--option=value …]
+
+  --model=DIR            Hugging Face model directory, such as a run's model/
+  --prompt=TEXT          what to continue; may be given several times
+  --prompts=FILE         .jsonl or .jsonl.gz with a column `prompt`: text, or chat messages
+  --limit=N              only the first N prompts of the file
+  --chat                 text prompts are a user's message, rendered with the chat template
+  --chat_template=FILE   Jinja file instead of the tokenizer's own template
+  --output=FILE          JSON lines, one a sample, instead of text on the terminal
+  --samples=1            responses to each prompt
+  --max_tokens=128       most tokens of a response
+  --temperature=1.0      divides the log-probs; 0 takes the most probable token
+  --top_k=K              draw from the K most probable tokens only
+  --top_p=1.0            of those, from the most probable ones that together reach this probability
+  --seed=0               with the model and the prompts it fixes every response
+  --batch_size=64        responses sampled at once
+  --dtype=auto           compute dtype: float32, bfloat16, or auto, what config.json says of the weights
+  --mesh=fsdp=-1         devices on the axes data, fsdp, tensor, such as data=2,tensor=4; -1 takes the rest"""
+
+DTYPES = ("float32", "bfloat16")
+Prompt = str | Messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for, as in `USAGE`."""
+
+    model: str
+    prompt: tuple[str, ...] = ()
+    prompts: str | None = None
+    limit: int | None = None
+    chat: bool = False
+    chat_template: str | None = None
+    output: str | None = None
+    samples: int = 1
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+    dtype: str = "auto"
+    mesh: str = "fsdp=-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready to answer."""
+
+    generator: Generator
+    params: Params
+
+
+def generate(options: Options) -> None:
+    """Samples what the options ask for.
+
+    Raises:
+        UserError: If anything the user can mend stands in the way.
+    """
+    sampling.check(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, samples=options.samples)
+    architecture = read_architecture(options.model, "--model")
+    mesh = sharding.make_mesh(parse_mesh(options.mesh))
+    tokenizer = load_tokenizer(options.model)
+    check_vocabulary(tokenizer, architecture.vocab_size)
+    prompts = read_prompts(options)
+    tokens = tokenize(prompts, tokenizer, options.chat_template)
+    check_prompts(tokens, architecture, options.max_tokens)
+    stops = stop_ids(options.model, tokenizer)
+    writer = None if options.output is None else _Lines(pathlib.Path(options.output))
+    dtype = dtype_of(options.model) if options.dtype == "auto" else options.dtype
+    model = load_model(options.model, architecture, mesh, dtype)
+    say(
+        f"{options.model} in {dtype} on {jax.device_count()} {jax.devices()[0].device_kind}: {options.samples} "
+        f"response(s) to each of {len(prompts)} prompt(s), to the ids {stops} or {options.max_tokens} tokens"
+    )
+    samples = model.generator.generate(
+        model.params,
+        tokens,
+        key=jax.random.key(options.seed),
+        max_tokens=options.max_tokens,
+        samples=options.samples,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_ids=stops,
+        batch_size=options.batch_size,
+    )
+    rows = list(rows_of(prompts, tokens, samples, tokenizer))
+    if writer is None:
+        for row in rows:
+            say(_readable(row))
+    else:
+        writer.write(rows)
+        say(f"{len(rows)} responses are in {options.output}")
+
+
+def load_model(path: str, architecture: Architecture, mesh: Any, dtype: str) -> Model:
+    """Reads a model directory's parameters onto the mesh, in the compute dtype.
+
+    Raises:
+        UserError: If the weights are at fault or do not divide over the mesh.
+    """
+    scorer = Scorer.make(
+        architecture,
+        mesh,
+        attention="blockwise",
+        remat="none",
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(dtype),
+    )
+    return Model(Generator(scorer, mesh), run.load_params(path, scorer, mesh))
+
+
+def dtype_of(path: str) -> str:
+    """The compute dtype that suits a model directory: what its `config.json` says of the weights; else float32."""
+    config = json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8"))
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if named in DTYPES else "float32"
+
+
+def stop_ids(path: str, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Token ids that end a response: the tokenizer's EOS, and those of `generation_config.json`.
+
+    Raises:
+        UserError: If that file is broken.
+    """
+    eos: Any = tokenizer.eos_token_id
+    found = {int(eos)}
+    file = pathlib.Path(path) / "generation_config.json"
+    if file.is_file():
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            found |= {int(stop) for stop in (named if isinstance(named, list) else [named]) if stop is not None}
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{file} is no JSON object with eos_token_id as a number or numbers; mend it.") from None
+    return sorted(found)
+
+
+def read_prompts(options: Options) -> list[Prompt]:
+    """The prompts of the command line or of the file.
+
+    Raises:
+        UserError: If there are none, or one cannot be used.
+    """
+    if not options.prompt and options.prompts is None:
+        raise UserError("no prompt: --prompt=TEXT, or --prompts=FILE.jsonl with a column `prompt`, is needed.")
+    if options.prompt and options.prompts is not None:
+        raise UserError("--prompt and --prompts were both given; choose one.")
+    if options.limit is not None and (options.prompts is None or options.limit < 1):
+        raise UserError(f"--limit={options.limit}: an integer >= 1 is needed, together with --prompts.")
+    found: list[Prompt] = list(options.prompt)
+    if options.prompts is not None:
+        file = pathlib.Path(options.prompts)
+        if not file.is_file():
+            raise UserError(f"--prompts={file} is no file; a .jsonl or .jsonl.gz file is needed.")
+        found = [_prompt_of(*entry) for entry in itertools.islice(sources.jsonl(file), options.limit)]
+    if not found:
+        raise UserError(f"--prompts={options.prompts} holds no rows; at least one is needed.")
+    if options.chat:
+        found = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in found]
+    return found
+
+
+def _prompt_of(location: str, row: dict[str, Any] | BadRow) -> Prompt:
+    """A row's prompt."""
+    if isinstance(row, BadRow):
+        raise UserError(f"{location}: {row}; mend or remove the row.")
+    if row.get("prompt") is None:
+        raise UserError(f"{location}: no column `prompt`, there are {', '.join(row) or 'none'}.")
+    try:  # any response will do: it is the prompt that is checked
+        return sources.parse({"prompt": row["prompt"], "response": "."}, location).prompt
+    except BadRow as reason:
+        raise UserError(f"{location}: {reason}; mend or remove the row.") from None
+
+
+def tokenize(
+    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerFast", template: str | None = None
+) -> list[list[int]]:
+    """Prompts as training sees them: text behind what the tokenizer puts there, chat as its template renders it.
+
+    Args:
+        prompts: Text or messages.
+        tokenizer: From `load_tokenizer`.
+        template: A Jinja file or its text; None: the tokenizer's own template.
+
+    Raises:
+        UserError: If a prompt cannot be rendered, or the template has nothing to render.
+    """
+    chat = any(not isinstance(prompt, str) for prompt in prompts)
+    if template is not None and not chat:
+        raise UserError("--chat_template was given but no prompt is chat; add --chat, or leave it out.")
+    jinja, notices = chat_template(tokenizer, template) if chat else ("", [])
+    for notice in notices:
+        say(notice)
+    rendered = []
+    for index, prompt in enumerate(prompts, start=1):
+        try:
+            text = prompt if isinstance(prompt, str) else render(tokenizer, jinja, prompt, generation_prompt=True)
+        except BadRow as reason:
+            raise UserError(f"prompt {index}: {reason}.") from None
+        rendered.append(Rendering(text, (), chat=not isinstance(prompt, str)))
+    parts = encode(rendered, tokenizer, collections.Counter())
+    # As a whole text it was given an EOS, which a prompt does not have.
+    return [
+        part.tokens[: len(part) - (not rendering.chat)].tolist()
+        for part, rendering in zip(parts, rendered, strict=True)
+    ]
+
+
+def rows_of(
+    prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], samples: Samples, tokenizer: "PreTrainedTokenizerFast"
+) -> Iterator[dict[str, Any]]:
+    """One row a sample: `prompt`, `sample`, `response`, `logp` in nats, `tokens`, and whether it is `finished`."""
+    for index, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+        for sample, length in enumerate(samples.lengths[index].tolist()):
+            written = samples.tokens[index, sample, :length].tolist()
+            yield {
+                "prompt": prompt,
+                "sample": sample,
+                "response": text_after(ids, written, tokenizer),
+                "logp": float(samples.logps[index, sample].sum(dtype="float64")),
+                "tokens": written,
+                "finished": bool(samples.finished[index, sample]),
+            }
+
+
+def text_after(prompt: Sequence[int], response: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> str:
+    """A response's text, without special tokens.
+
+    It is decoded behind its prompt, because a tokenizer may take the space from what comes first.
+    """
+    before, whole = (
+        str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in (prompt, [*prompt, *response])
+    )
+    common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return whole[sum(1 for _ in common) :]
+
+
+def _readable(row: dict[str, Any]) -> str:
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    end = "" if row["finished"] else ", unfinished"
+    head = f"[{len(row['tokens'])} tokens, logp {row['logp']:.2f}{end}]"
+    return f"\n{head}\n{prompt}{'' if isinstance(row['prompt'], str) else ' → '}{row['response']}"
+
+
+class _Lines:
+    """A file of JSON lines that appears whole; whether it can be written is known before anything is sampled."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._partial = path, path.with_name(path.name + ".partial")
+        self._text("")
+        self._partial.unlink()
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._partial.replace(self._path)
+
+    def _text(self, text: str) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            self._partial.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output={self._path} cannot be written ({error.strerror}); name another file.") from None
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """From arguments, program name first, to options.
+
+    Raises:
+        UserError: If anything on the line is not understood.
+    """
+    values = flags.FlagValues()
+    for name in ("model", "prompts", "chat_template", "output"):
+        flags.DEFINE_string(name, None, name, flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "prompt", flag_values=values)
+    flags.DEFINE_bool("chat", False, "chat", flag_values=values)
+    for name in ("limit", "top_k", "samples", "max_tokens", "seed", "batch_size"):
+        flags.DEFINE_integer(name, getattr(Options, name), name, flag_values=values)
+    for name in ("temperature", "top_p"):
+        flags.DEFINE_float(name, getattr(Options, name), name, flag_values=values)
+    flags.DEFINE_enum("dtype", Options.dtype, ("auto", *DTYPES), "dtype", flag_values=values)
+    flags.DEFINE_string("mesh", Options.mesh, "mesh", flag_values=values)
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise UserError(command.one_line(error)) from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not understood; options look like --name=value, see --help.")
+    if not values.model:
+        raise UserError("no model: python -m daajax.generate --model=DIR --prompt=TEXT")
+    found: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
+    found["prompt"] = tuple(values.prompt)
+    return Options(**found)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data=2,tensor=4` as devices on every axis.
+
+    Raises:
+        UserError: If it is not of this form.
+    """
+    try:
+        sizes = {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        sizes = {"": 0}
+    if not set(sizes) <= set(sharding.AXES):
+        raise UserError(f"--mesh={text}: axes of {', '.join(sharding.AXES)} are needed, such as data=2,tensor=4.")
+    return dict.fromkeys(sharding.AXES, 1) | sizes
+
+
+if __name__ == "__main__":
+    command.end(lambda argv: generate(parse(argv)), USAGE)
