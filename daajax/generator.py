@@ -163,6 +163,8 @@ class Generator:
         """Samples one batch of rows; without a temperature, greedily."""
         lengths = batch["lengths"]
         rows, width = batch["tokens"].shape
+        slots = jnp.arange(width + max_tokens, dtype=jnp.int32)[None]
+        slot_positions = jnp.where(slots < width, slots, lengths[:, None] + slots - width)
         keys = sampling.row_keys(key, batch["prompts"], batch["samples"])
         pick = functools.partial(sampling.draw, temperature=temperature, top_k=top_k, top_p=top_p)
         weights = decoder.projection(params, self.architecture)
@@ -184,10 +186,12 @@ class Generator:
             """Feeds the token before the t-th, which goes into the cache, and appends the t-th."""
             t, written, cache = carry
             fed = jax.lax.dynamic_slice_in_dim(written.tokens, t - 1, 1, axis=1)
-            slots = jnp.arange(width + max_tokens)[None]
-            filled = (slots < lengths[:, None]) | ((slots >= width) & (slots < width + t - 1))
-            hidden, made = decoder.decode(self._writer, params, fed, (lengths + t - 1)[:, None], filled, cache)
-            cache = jax.tree.map(lambda old, new: _put_slot(old, new, width + t - 1), cache, made)
+            at, slot = (lengths + t - 1)[:, None], width + t - 1
+            seen = (slots < lengths[:, None]) | ((slots >= width) & (slots < slot))
+            if self.architecture.sliding_window is not None:
+                seen &= at - slot_positions < self.architecture.sliding_window
+            hidden, made = decoder.decode(self._writer, params, fed, at, seen, cache)
+            cache = jax.tree.map(lambda old, new: _put_slot(old, new, slot), cache, made)
             return t + 1, append(written, hidden[:, 0], t), cache
 
         positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (rows, width))
@@ -250,12 +254,12 @@ def _attend_cached(
     queries: Float[Array, "rows 1 heads head_dim"],
     keys: Float[Array, "rows 1 kv_heads head_dim"],
     values: Float[Array, "rows 1 kv_heads head_dim"],
-    filled: Bool[Array, "rows slots"],
+    seen: Bool[Array, "rows slots"],
     cached_keys: Float[Array, "rows slots kv_heads head_dim"],
     cached_values: Float[Array, "rows slots kv_heads head_dim"],
 ) -> Float[Array, "rows 1 heads head_dim"]:
-    """A token sees the filled slots of its row's cache, and itself."""
-    mask = jnp.pad(filled, ((0, 0), (0, 1)), constant_values=True)[:, None]
+    """A token sees slots of its row's cache, and itself."""
+    mask = jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)[:, None]
     all_keys, all_values = jnp.concatenate([cached_keys, keys], 1), jnp.concatenate([cached_values, values], 1)
     return attention.dense(queries, all_keys, all_values, mask)
 

@@ -22,16 +22,17 @@ Batch = Mapping[str, Array]
 
 SUM_CHUNK = 1024  # scored tokens whose masks exist at once
 
-# How queries see keys: a function of (batch, gathered keys) made once per micro-batch, and the attention that reads it.
-ATTENTION: dict[str, tuple[Callable[[Batch, int], Any], Callable[..., Array]]] = {
+# How queries see keys: a function of (batch, gathered keys, window) made once per micro-batch, and the attention that
+# reads it.
+ATTENTION: dict[str, tuple[Callable[[Batch, int, int | None], Any], Callable[..., Array]]] = {
     "blockwise": (
-        lambda batch, keys: attention.key_layout(
-            batch["segments"], batch["branches"], responses=batch["lengths"].shape[-1], keys=keys
+        lambda batch, keys, window: attention.key_layout(
+            batch["segments"], batch["branches"], responses=batch["lengths"].shape[-1], keys=keys, window=window
         ),
         attention.blockwise,
     ),
     "dense": (
-        lambda batch, keys: attention.visible(batch["segments"], batch["branches"], batch["positions"]),
+        lambda batch, keys, window: attention.visible(batch["segments"], batch["branches"], batch["positions"], window),
         attention.dense,
     ),
 }
@@ -91,7 +92,7 @@ class Scorer:
         )
         rows = ("rows",)
         head = sharding.local(_head_statistics, mesh, (rows, (), rows, rows, rows), rows)
-        return cls(model, see, head, attention)
+        return cls(model, lambda batch, keys: see(batch, keys, architecture.sliding_window), head, attention)
 
     def token_logps(self, params: Params, batch: Batch, *, keys: int) -> Float[Array, "rows scored"]:
         """Log-probs of the scored tokens, nats, float32; 0 in empty slots.

@@ -44,6 +44,7 @@ class Architecture:
     tie_word_embeddings: bool
     initializer_range: float
     rope: Rope
+    sliding_window: int | None = None  # tokens, the query's own included; None: all earlier ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,25 +123,48 @@ def read_architecture(path: str, option: str = "model.path") -> Architecture:
 def _llama(config: dict[str, Any]) -> Architecture:
     """Llama 2, 3, 3.1, 3.2, 3.3; defaults as in transformers' LlamaConfig."""
     reader = _Reader(config)
+    return _decoder(reader, "llama", kv_heads=None, positions=2048, sliding_window=None)
+
+
+def _mistral(config: dict[str, Any]) -> Architecture:
+    """Mistral 7B v0.1 to v0.3 and its kin; defaults as in transformers' MistralConfig."""
+    reader = _Reader(config)
+    window = reader.nullable_integer("sliding_window", absent=4096)
+    return _decoder(reader, "mistral", kv_heads=8, positions=131072, sliding_window=window)
+
+
+def _decoder(
+    reader: "_Reader", model_type: str, *, kv_heads: int | None, positions: int, sliding_window: int | None
+) -> Architecture:
+    """What Llama and its descendants have in common.
+
+    Args:
+        reader: Has the keys that no family reads by itself.
+        model_type: The family.
+        kv_heads: Key-value heads where the config has no such key; None, as null in a config: one a query head.
+        positions: Default of `max_position_embeddings`.
+        sliding_window: Tokens that a query sees; None: all earlier ones.
+    """
     reader.expect("hidden_act", "silu")
     reader.expect("attention_bias", False)
     reader.expect("mlp_bias", False)
     heads = reader.integer("num_attention_heads")
     hidden = reader.integer("hidden_size")
     architecture = Architecture(
-        model_type="llama",
+        model_type=model_type,
         vocab_size=reader.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=reader.integer("intermediate_size"),
         num_hidden_layers=reader.integer("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=reader.integer("num_key_value_heads", heads),
+        num_key_value_heads=reader.nullable_integer("num_key_value_heads", absent=kv_heads) or heads,
         head_dim=reader.integer("head_dim", hidden // heads),
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=reader.integer("max_position_embeddings", 2048),
+        max_position_embeddings=reader.integer("max_position_embeddings", positions),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
         initializer_range=reader.number("initializer_range", 0.02),
         rope=_rope(reader),
+        sliding_window=sliding_window,
     )
     reader.finish()
     if heads % architecture.num_key_value_heads:
@@ -198,6 +222,10 @@ class _Reader:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{key} is {value!r}; a positive integer is needed.")
         return value
+
+    def nullable_integer(self, key: str, *, absent: int | None) -> int | None:
+        """None where the config says null, `absent` where it says nothing."""
+        return self.integer(key) if self._config.setdefault(key, absent) is not None else None
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.take(key, default)
@@ -257,4 +285,5 @@ def _llama_copies(architecture: Architecture) -> dict[str, str]:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, _llama_tensors, _llama_ignored, _llama_copies),
+    "mistral": Family(_mistral, _llama_tensors, _llama_ignored, _llama_copies),
 }

@@ -18,7 +18,8 @@ NAMES = sorted(oracle.MODELS)
 
 
 def architecture_of(name, **changes):
-    return FAMILIES["llama"].architecture(oracle.MODELS[name] | changes)
+    config = oracle.MODELS[name] | changes
+    return FAMILIES[config["model_type"]].architecture(config)
 
 
 def model_of(name, *, architecture=None, **options):

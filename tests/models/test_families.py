@@ -65,6 +65,8 @@ def stored(params):
         ("llama31", FSDP, False, True, "dense", "dots"),
         ("head_dim", TENSOR, True, True, "dense", "none"),
         ("head_dim", FSDP, False, False, "blockwise", "full"),
+        ("mistral", DATA, True, True, "blockwise", "none"),
+        ("mistral", TENSOR, False, False, "dense", "dots"),
     ],
 )
 def test_log_probs_and_gradients_are_those_of_transformers(tmp_path, name, mesh, packed, shared, attention, remat):
@@ -173,6 +175,51 @@ def test_the_published_llama_31_config_is_read_as_it_says(tmp_path):
     assert parameter_count(architecture) == 8_030_261_248  # as on its model card
 
 
+# mistralai/Mistral-7B-v0.1, as published.
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def test_the_published_mistral_configs_are_read_as_they_say(tmp_path):
+    architecture = described(tmp_path, MISTRAL)
+    assert (architecture.num_key_value_heads, architecture.head_dim, architecture.sliding_window) == (8, 128, 4096)
+    assert parameter_count(architecture) == 7_241_732_096  # as on its model card
+    v03 = dict(sliding_window=None, rope_theta=1000000.0, vocab_size=32768)
+    architecture = described(tmp_path, MISTRAL, v03, {"attention_dropout": 0.0})
+    assert (architecture.sliding_window, architecture.rope.rope_theta) == (None, 1e6)
+    assert parameter_count(architecture) == 7_248_023_552
+    assert described(tmp_path, MISTRAL, {"head_dim": 64}).head_dim == 64
+
+
+def test_what_a_mistral_config_leaves_out_has_the_defaults_of_transformers(tmp_path):
+    sizes = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    bare = {key: MISTRAL[key] for key in sizes}
+    architecture = described(tmp_path, bare)
+    assert (architecture.num_key_value_heads, architecture.max_position_embeddings) == (8, 131072)
+    assert (architecture.sliding_window, architecture.rms_norm_eps) == (4096, 1e-6)
+    assert described(tmp_path, bare, {"num_key_value_heads": None}).num_key_value_heads == 32
+
+
 @pytest.mark.parametrize(
     ("changes", "count"),
     [
@@ -230,7 +277,7 @@ def test_what_a_config_leaves_out_has_the_defaults_of_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(model_type="mistral"), ["'mistral' is not supported", "llama"]),
+        (dict(model_type="gpt2"), ["'gpt2' is not supported", "llama, mistral"]),
         (dict(model_type=["llama"]), ["model_type ['llama'] is not supported"]),
         (dict(sliding_window=128), ["sliding_window", "not known"]),
         (dict(quantization_config={"bits": 4}), ["quantization_config", "not known"]),
@@ -243,6 +290,8 @@ def test_what_a_config_leaves_out_has_the_defaults_of_transformers(tmp_path):
         (dict(vocab_size=None), ["vocab_size is None"]),
         (dict(vocab_size=True), ["vocab_size is True"]),
         (dict(head_dim=7), ["head_dim=7", "even"]),
+        (dict(model_type="mistral", sliding_window=0), ["sliding_window is 0; a positive integer is needed"]),
+        (dict(model_type="mistral", layer_types=["full_attention"]), ["layer_types", "not known"]),
         (dict(rms_norm_eps="small"), ["rms_norm_eps is 'small'; a positive number is needed"]),
         (dict(rms_norm_eps=[1e-6]), ["rms_norm_eps is [1e-06]"]),
         (dict(tie_word_embeddings="false"), ["tie_word_embeddings is 'false'; true or false is needed"]),

@@ -1,4 +1,4 @@
-"""Small Llama models from a seed, and what transformers says of them: log-probs, gradients, rotary frequencies.
+"""Small models from a seed, and what transformers says of them: log-probs, gradients, rotary frequencies.
 
 The models are drawn with NumPy, so that every test can write them; torch is needed only to compute the numbers again:
 
@@ -69,6 +69,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "dtype": "float32",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "mistral": _COMMON
+    | {  # most sequences are longer than the window
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "sliding_window": 24,
+        "torch_dtype": "float32",
     },
 }
 # Tokens of prompt, chosen and rejected response, and how many of a response's first tokens are not scored.
@@ -173,7 +185,7 @@ def torch_model(path: str, dtype: str = "float64") -> Any:
     import torch
     import transformers
 
-    model, report = transformers.LlamaForCausalLM.from_pretrained(
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
     )
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
