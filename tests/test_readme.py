@@ -101,3 +101,7 @@ def test_every_command_of_ours_runs(ran, words):
         assert f"added to {flags['workdir']}/evaluations.jsonl" in result.stdout
     if module == "export":
         assert (home / flags["output"] / "model.safetensors").is_file()
+    if module == "generate":
+        texts = [word.removeprefix("--prompt=") for word in arguments if word.startswith("--prompt=")]
+        for text in texts:
+            assert result.stdout.count(f"\n{text}") == int(flags.get("samples", 1))
