@@ -1,6 +1,7 @@
 """Sampling against the scoring function, and what a response may depend on."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from tests import worlds
 from tests.data.test_batches import Raw, planned, tokenized_data
 
 ONE = (1, 1, 1)  # devices on data, fsdp, tensor
-MESHES = [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow), pytest.param((4, 1, 2), marks=pytest.mark.slow)]
+MESHES = [(2, 2, 2), (1, 8, 1), (4, 1, 2)]
 MAX_TOKENS = 24
 # Unequal lengths, on both sides of the widths that prompts are padded to.
 PROMPTS = [[1, *range(3, 3 + length)] for length in (0, 5, 1, 40, 31, 12, 2, 64, 7, 3, 20)]
@@ -113,7 +114,8 @@ def test_log_probs_through_a_window_are_those_of_the_scoring_function(path, wind
     assert np.abs(samples.logps - scored(path, PROMPTS, samples)).max() > 0.1  # the same weights without a window
 
 
-@pytest.mark.parametrize("sizes", [ONE, pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [ONE, (2, 2, 2)], ids=str)
 def test_log_probs_of_a_real_model_are_those_of_the_scoring_function(assets, sizes):
     path = str(assets / "tiny_model")
     prompts = [[1], *(load_tokenizer(path)(text)["input_ids"] for text in ("Once upon a time", "One day, a big dog"))]
@@ -148,6 +150,7 @@ def test_responses_do_not_depend_on_the_batch_size(path, samples):
     same(generate(path, samples=2, top_p=0.95, stop_ids=STOPS, batch_size=9), samples)  # turns of 8, the last of 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_responses_do_not_depend_on_the_mesh_and_log_probs_are_those_of_scoring_on_it(path, samples, sizes):
     found = generate(path, samples=2, top_p=0.95, stop_ids=STOPS, sizes=sizes)
@@ -210,6 +213,18 @@ def test_sampling_ends_when_every_row_has(path):
     samples = generate(path, stop_ids=range(128))
     assert (samples.lengths == 1).all()
     assert samples.finished.all()
+
+
+def test_the_cache_is_written_in_place(path):
+    generator, _, params, _ = loaded(path)
+    names = ("lengths", "prompts", "samples")
+    batch = {name: jnp.ones(8, jnp.int32) for name in names} | {"tokens": jnp.ones((8, 32), jnp.int32)}
+    batch["real"] = jnp.ones(8, bool)
+    arguments = (params, batch, jax.random.key(0), None, None, jnp.zeros(0, jnp.int32))
+    text = generator._generate.lower(*arguments, max_tokens=13, top_k=None).compile().as_text()
+    cache = re.escape("f32[2,8,45,2,8]")  # layers, rows, slots, key-value heads, head_dim
+    assert len(re.findall(rf"= {cache}\S* dynamic-update-slice", text)) == 2  # keys and values, one slot of all layers
+    assert not re.findall(rf"= {cache}\S* (?:copy|concatenate|transpose|select)\(", text)
 
 
 # ---------------------------------------------------------------------- against others
