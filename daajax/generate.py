@@ -5,9 +5,12 @@ options. From a program, `daajax.generator.Generator` is what samples.
 """
 
 import collections
+import contextlib
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from daajax import command, run, sampling, sharding
+from daajax import command, files, run, sampling, sharding
 from daajax.console import say
 from daajax.data import sources
 from daajax.data.sources import BadRow, Messages
@@ -99,7 +102,9 @@ def generate(options: Options) -> None:
     tokens = tokenize(prompts, tokenizer, options.chat_template)
     check_prompts(tokens, architecture, options.max_tokens)
     stops = stop_ids(options.model, tokenizer)
-    writer = None if options.output is None else _Lines(pathlib.Path(options.output))
+    output = None if options.output is None else pathlib.Path(options.output)
+    if output is not None:
+        check_output(output)
     dtype = dtype_of(options.model) if options.dtype == "auto" else options.dtype
     model = load_model(options.model, architecture, mesh, dtype)
     say(
@@ -119,12 +124,12 @@ def generate(options: Options) -> None:
         batch_size=options.batch_size,
     )
     rows = list(rows_of(prompts, tokens, samples, tokenizer))
-    if writer is None:
+    if output is None:
         for row in rows:
             say(_readable(row))
     else:
-        writer.write(rows)
-        say(f"{len(rows)} responses are in {options.output}")
+        write_rows(output, rows)
+        say(f"{len(rows)} responses are in {output}")
 
 
 def load_model(path: str, architecture: Architecture, mesh: Any, dtype: str) -> Model:
@@ -277,26 +282,36 @@ def _readable(row: dict[str, Any]) -> str:
     return f"\n{head}\n{prompt}{'' if isinstance(row['prompt'], str) else ' → '}{row['response']}"
 
 
-class _Lines:
-    """A file of JSON lines that appears whole; whether it can be written is known before anything is sampled."""
+def check_output(path: pathlib.Path) -> None:
+    """Makes the folder of an output file, and refuses one that cannot be written before anything is sampled.
 
-    def __init__(self, path: pathlib.Path):
-        self._path, self._partial = path, path.with_name(path.name + ".partial")
-        self._text("")
-        self._partial.unlink()
+    Raises:
+        UserError: If it cannot.
+    """
+    with _output(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self._partial.replace(self._path)
 
-    def _text(self, text: str) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.is_dir():
-                raise IsADirectoryError(0, "it is a folder")
-            self._partial.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output={self._path} cannot be written ({error.strerror}); name another file.") from None
+def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Makes or replaces a file of JSON lines.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    with _output(path):
+        files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def _output(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written ({error.strerror}); name another file.") from None
 
 
 def parse(argv: Sequence[str]) -> Options:
