@@ -1,4 +1,4 @@
-"""Sampling as a command: a model directory's responses to prompts, printed or written as JSON lines.
+"""Sampling as a command: the responses of a model directory, or of a run's checkpoint, to prompts.
 
 `python -m daajax.generate --model=DIR --prompt=TEXT [--output=FILE.jsonl] [--temperature=0.7 …]`; `--help` lists the
 options. From a program, `daajax.generator.Generator` is what samples.
@@ -8,18 +8,19 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from daajax import command, files, run, sampling, sharding
+from daajax import checkpoint, command, files, run, sampling, sharding
 from daajax.console import say
 from daajax.data import sources
 from daajax.data.sources import BadRow, Messages
@@ -28,7 +29,7 @@ from daajax.data.tokenizer import chat_template, check_vocabulary, load_tokenize
 from daajax.errors import UserError
 from daajax.generator import Generator, Samples, check_prompts
 from daajax.models.decoder import Params
-from daajax.models.families import Architecture, read_architecture
+from daajax.models.families import read_architecture
 from daajax.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 USAGE = """usage: python -m daajax.generate --model=DIR --prompt=TEXT [--option=value …]
 
   --model=DIR            Hugging Face model directory, such as a run's model/
+  --workdir=DIR          instead of it, a run's folder: its latest checkpoint
+  --step=N               or the checkpoint of that update; 0 is the model before training
   --prompt=TEXT          what to continue; may be given several times
   --prompts=FILE         .jsonl or .jsonl.gz with a column `prompt`: text, or chat messages
   --limit=N              only the first N prompts of the file
@@ -61,7 +64,9 @@ Prompt = str | Messages
 class Options:
     """What the command line asks for, as in `USAGE`."""
 
-    model: str
+    model: str | None = None
+    workdir: str | None = None
+    step: int | None = None
     prompt: tuple[str, ...] = ()
     prompts: str | None = None
     limit: int | None = None
@@ -81,10 +86,25 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model ready to answer."""
+    """Where the parts of a model that is to answer come from.
 
-    generator: Generator
-    params: Params
+    Attributes:
+        name: For messages.
+        path: Directory with its `config.json` and generation config.
+        tokenizer: Directory of its tokenizer.
+        template: `chat.template`; None: the tokenizer's own.
+        dtype: Compute dtype.
+        param_dtype: Dtype of its parameters.
+        load: Brings the parameters that a scorer scores with onto a mesh.
+    """
+
+    name: str
+    path: str
+    tokenizer: str
+    template: str | None
+    dtype: str
+    param_dtype: str
+    load: Callable[[Scorer, Any], Params]
 
 
 def generate(options: Options) -> None:
@@ -94,25 +114,33 @@ def generate(options: Options) -> None:
         UserError: If anything the user can mend stands in the way.
     """
     sampling.check(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, samples=options.samples)
-    architecture = read_architecture(options.model, "--model")
+    model = model_of_run(options) if options.workdir is not None else model_of_directory(options)
+    architecture = read_architecture(model.path, "--model" if options.model else "model.path")
     mesh = sharding.make_mesh(parse_mesh(options.mesh))
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(model.tokenizer)
     check_vocabulary(tokenizer, architecture.vocab_size)
     prompts = read_prompts(options)
-    tokens = tokenize(prompts, tokenizer, options.chat_template)
+    tokens = tokenize(prompts, tokenizer, options.chat_template, model.template)
     check_prompts(tokens, architecture, options.max_tokens)
-    stops = stop_ids(options.model, tokenizer)
+    stops = stop_ids(model.path, tokenizer)
     output = None if options.output is None else pathlib.Path(options.output)
     if output is not None:
         check_output(output)
-    dtype = dtype_of(options.model) if options.dtype == "auto" else options.dtype
-    model = load_model(options.model, architecture, mesh, dtype)
+    scorer = Scorer.make(
+        architecture,
+        mesh,
+        attention="blockwise",
+        remat="none",
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+    )
+    params = model.load(scorer, mesh)
     say(
-        f"{options.model} in {dtype} on {jax.device_count()} {jax.devices()[0].device_kind}: {options.samples} "
+        f"{model.name} in {model.dtype} on {jax.device_count()} {jax.devices()[0].device_kind}: {options.samples} "
         f"response(s) to each of {len(prompts)} prompt(s), to the ids {stops} or {options.max_tokens} tokens"
     )
-    samples = model.generator.generate(
-        model.params,
+    samples = Generator(scorer, mesh).generate(
+        params,
         tokens,
         key=jax.random.key(options.seed),
         max_tokens=options.max_tokens,
@@ -132,21 +160,32 @@ def generate(options: Options) -> None:
         say(f"{len(rows)} responses are in {output}")
 
 
-def load_model(path: str, architecture: Architecture, mesh: Any, dtype: str) -> Model:
-    """Reads a model directory's parameters onto the mesh, in the compute dtype.
+def model_of_directory(options: Options) -> Model:
+    """The model of `--model`, its parameters in the compute dtype."""
+    path = str(options.model)
+    read_architecture(path, "--model")  # before its config.json is asked for a dtype
+    dtype = dtype_of(path) if options.dtype == "auto" else options.dtype
+    return Model(path, path, path, None, dtype, dtype, functools.partial(run.load_params, path))
+
+
+def model_of_run(options: Options) -> Model:
+    """The model of `--workdir`, as its run computes it.
 
     Raises:
-        UserError: If the weights are at fault or do not divide over the mesh.
+        UserError: If there is no such run, or no such checkpoint.
     """
-    scorer = Scorer.make(
-        architecture,
-        mesh,
-        attention="blockwise",
-        remat="none",
-        dtype=jnp.dtype(dtype),
-        param_dtype=jnp.dtype(dtype),
+    config, workdir, _ = command.parse_at(["generate", f"--workdir={options.workdir}"], "generate", {})
+    saved = checkpoint.Checkpoints(pathlib.Path(workdir))
+    step = saved.choose(options.step)
+    return Model(
+        f"{workdir} after update {step}",
+        config.model.path,
+        run.tokenizer_path(config),
+        config.chat.template,
+        config.model.dtype if options.dtype == "auto" else options.dtype,
+        config.model.param_dtype,
+        functools.partial(run.params_at, config, saved, step),
     )
-    return Model(Generator(scorer, mesh), run.load_params(path, scorer, mesh))
 
 
 def dtype_of(path: str) -> str:
@@ -212,14 +251,18 @@ def _prompt_of(location: str, row: dict[str, Any] | BadRow) -> Prompt:
 
 
 def tokenize(
-    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerFast", template: str | None = None
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerFast",
+    template: str | None = None,
+    default: str | None = None,
 ) -> list[list[int]]:
     """Prompts as training sees them: text behind what the tokenizer puts there, chat as its template renders it.
 
     Args:
         prompts: Text or messages.
         tokenizer: From `load_tokenizer`.
-        template: A Jinja file or its text; None: the tokenizer's own template.
+        template: A Jinja file or its text; None: the default.
+        default: Likewise; None: the tokenizer's own template.
 
     Raises:
         UserError: If a prompt cannot be rendered, or the template has nothing to render.
@@ -227,7 +270,7 @@ def tokenize(
     chat = any(not isinstance(prompt, str) for prompt in prompts)
     if template is not None and not chat:
         raise UserError("--chat_template was given but no prompt is chat; add --chat, or leave it out.")
-    jinja, notices = chat_template(tokenizer, template) if chat else ("", [])
+    jinja, notices = chat_template(tokenizer, template or default) if chat else ("", [])
     for notice in notices:
         say(notice)
     rendered = []
@@ -321,11 +364,11 @@ def parse(argv: Sequence[str]) -> Options:
         UserError: If anything on the line is not understood.
     """
     values = flags.FlagValues()
-    for name in ("model", "prompts", "chat_template", "output"):
+    for name in ("model", "workdir", "prompts", "chat_template", "output"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "prompt", flag_values=values)
     flags.DEFINE_bool("chat", False, "chat", flag_values=values)
-    for name in ("limit", "top_k", "samples", "max_tokens", "seed", "batch_size"):
+    for name in ("step", "limit", "top_k", "samples", "max_tokens", "seed", "batch_size"):
         flags.DEFINE_integer(name, getattr(Options, name), name, flag_values=values)
     for name in ("temperature", "top_p"):
         flags.DEFINE_float(name, getattr(Options, name), name, flag_values=values)
@@ -337,8 +380,12 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(command.one_line(error)) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not understood; options look like --name=value, see --help.")
-    if not values.model:
-        raise UserError("no model: python -m daajax.generate --model=DIR --prompt=TEXT")
+    if not values.model and not values.workdir:
+        raise UserError("no model: python -m daajax.generate --model=DIR --prompt=TEXT, or --workdir=DIR of a run.")
+    if values.model and values.workdir:
+        raise UserError("--model and --workdir were both given; choose one.")
+    if values.step is not None and not values.workdir:
+        raise UserError(f"--step={values.step} is a checkpoint of a run; name its folder with --workdir.")
     found: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
     found["prompt"] = tuple(values.prompt)
     return Options(**found)
