@@ -1,7 +1,9 @@
 """Runs that learn: held-out accuracy, real preferences end to end, and the exported model in another program."""
 
+import gzip
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -122,6 +124,38 @@ def test_the_exported_model_scores_in_transformers_as_here(assets, learned):
     deviation = np.abs(ours.ravel() - np.array(expected)).max()
     sys.stdout.write(f"largest deviation from transformers: {deviation:.1e} nats\n")
     assert deviation < 1e-3
+
+
+def known_reward(text, lexicon):
+    """Ten times the mean valence of the words: how the data's own rewards were made."""
+    words = re.findall(r"[a-z']+", text.lower())
+    return 10 * sum(lexicon.get(word, 0.0) for word in words) / max(len(words), 1)
+
+
+@pytest.mark.slow
+def test_sampled_stories_have_a_higher_reward_than_before(assets, learned):
+    folder, _ = learned
+    held_out = assets / "data" / "stories_sentiment.test.jsonl.gz"
+    lexicon = json.loads((assets / "data" / "valence_lexicon.json").read_text())
+    with gzip.open(held_out, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    for row in rows[:50]:  # the reward here is the reward there, which is rounded to four places
+        for name in ("chosen", "rejected"):
+            assert known_reward(row[name], lexicon) == pytest.approx(row[f"reward_{name}"], abs=6e-5)
+    rewards = {}
+    for name, model in (("before", assets / "tiny_model"), ("after", folder / "run" / "model")):
+        output = folder / f"{name}.jsonl"
+        flags = (f"--model={model}", f"--prompts={held_out}", "--limit=256", "--max_tokens=384", f"--output={output}")
+        result = worlds.command("generate", *flags, "--batch_size=128", JAX_NUM_CPU_DEVICES="1", timeout=900)
+        assert result.returncode == 0, result.stderr
+        samples = [json.loads(line)["response"] for line in output.read_text().splitlines()]
+        assert len(samples) == 256
+        rewards[name] = np.array([known_reward(sample, lexicon) for sample in samples])
+    before, after = rewards["before"], rewards["after"]
+    error = np.sqrt(before.var(ddof=1) / len(before) + after.var(ddof=1) / len(after))
+    sys.stdout.write(f"reward {before.mean():.2f} before, {after.mean():.2f} after, standard error {error:.2f}\n")
+    assert after.mean() - before.mean() > 3 * error
+    assert before.mean() == pytest.approx(1.12, abs=4 * before.std() / 16)  # torch's, of the same model
 
 
 @pytest.mark.slow
