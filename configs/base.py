@@ -40,16 +40,21 @@ def optional_text() -> Any:
     return config_dict.placeholder(str)
 
 
-def _data() -> Any:
-    """Where examples come from."""
-    data: Any = config_dict.ConfigDict()
-    data.name = "jsonl"  # kind of source: jsonl (also .jsonl.gz)
-    data.path = optional_text()  # where it is
-    data.limit = optional_int()  # first so many examples; None: all
-    data.truncation = "truncate"  # examples over the limits of length: truncate or drop
-    data.max_bad_rows = 0  # malformed rows that are skipped and counted before the run refuses the data
-    data.cache_dir = "~/.cache/daajax/tokens"  # tokenized data; None: not kept
-    return data
+def data_options() -> Any:
+    """Options of a data set: of `data`, and of `eval_data`."""
+    options: Any = config_dict.ConfigDict()
+    # kind of source: jsonl, parquet (a file or a folder of them), hh (hh-rlhf's text), tfds (a folder that TensorFlow
+    # Datasets prepared), hub (a folder, or owner/name on the Hugging Face Hub)
+    options.name = "jsonl"
+    options.path = optional_text()  # where it is
+    options.split = optional_text()  # which part of a folder or prepared data set, such as train
+    options.limit = optional_int()  # first so many examples; None: all
+    options.max_bad_rows = 0  # malformed rows that are skipped and counted before the run refuses the data
+    options.truncation = "truncate"  # examples over max_length or max_prompt_length: truncate or drop
+    options.cache_dir = "~/.cache/daajax/tokens"  # tokenized data; None: not kept
+    # further sources: ({'name': 'hh', 'path': 'hh-rlhf', 'split': 'train', 'weight': 0.3},); also limit, max_bad_rows
+    options.extra = ()
+    return options
 
 
 def get_config() -> Any:
@@ -71,9 +76,11 @@ def get_config() -> Any:
     config.chat.template = optional_text()  # Jinja file or text; None: the tokenizer's own
     config.chat.score = "last"  # which assistant turns are scored: last, or all (only with one response an example)
 
-    config.data = _data()  # what is learned from; data.path is required
+    config.data = data_options()  # what is learned from; data.path is required
     config.data.shuffle = True  # False: file order
-    config.eval_data = _data()  # held-out data, with options of their own; path None: there are none
+    # share of this source in what is drawn, in any unit; set it for all sources or for none: each example once an epoch
+    config.data.weight = optional_float()
+    config.eval_data = data_options()  # held-out data, with options of their own; path None: there are none
 
     config.max_length = 2048  # tokens of prompt and one response together
     # last tokens kept of a longer prompt, beside BOS; None: the prompt is not cut

@@ -1,7 +1,8 @@
 """From a recipe to a config that makes sense: every key known, every name in its table, every number in its range."""
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optax
@@ -64,6 +65,7 @@ _RANGES = {
     "checkpoint.keep": _Range(1),
     "data.limit": _Range(1),
     "data.max_bad_rows": _Range(0),
+    "data.weight": _Range(0, is_open=True),
     "epochs": _Range(0, is_open=True),
     "eval.every": _Range(1),
     "eval_data.limit": _Range(1),
@@ -129,6 +131,8 @@ def resolve(config: Config) -> Config:
     for name, value in (("eval.every", config.eval.every), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and config.eval_data.path is None:
             raise UserError(f"config.{name}={value!r} needs held-out data; set config.eval_data.path.")
+    shares(data_sources(config.data, "data"))
+    _check_eval_data(config)
     return config.unlock().lock()  # a config that is locked already would not look at its parts
 
 
@@ -141,6 +145,100 @@ def losses(config: Config) -> list[dict[str, Any]]:
             f"config.extra_losses holds {wrong!r}; it needs dicts, such as ({{'name': 'sft', 'weight': 0.2}},)."
         )
     return [dict(loss) for loss in every]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """One of the sources that data come from.
+
+    Attributes:
+        option: What it is called in the config: `data`, `data.extra[0]`, …
+        name: Its kind, a key of `SOURCES`.
+        path: See configs/base.py, as the others.
+        split: Likewise.
+        limit: Likewise.
+        max_bad_rows: Likewise.
+        weight: Likewise.
+    """
+
+    option: str
+    name: str
+    path: str
+    split: str | None = None
+    limit: int | None = None
+    max_bad_rows: int = 0
+    weight: float | None = None
+
+
+def data_sources(options: Config, option: str) -> list[DataSource]:
+    """The source that the options name, and the further ones in `extra`.
+
+    Args:
+        options: `config.data` or `config.eval_data`.
+        option: What they are called.
+
+    Raises:
+        UserError: If a further one has an unknown key, lacks one, or has a value that makes no sense.
+    """
+    fields = [field.name for field in dataclasses.fields(DataSource)[1:] if field.name in options]
+    own: dict[str, Any] = {name: options[name] for name in fields}
+    found = [DataSource(option, **own)]
+    for index, extra in enumerate(options.extra):
+        here = f"{option}.extra[{index}]"
+        if not isinstance(extra, Mapping | config_dict.ConfigDict):
+            raise UserError(
+                f"config.{option}.extra holds {extra!r}; it needs dicts, such as ({{'name': 'jsonl', 'path': '…'}},)."
+            )
+        if unknown := sorted(set(extra) - set(fields)):
+            raise UserError(f"config.{here} has the key {unknown[0]!r}; there are {', '.join(fields)}.")
+        values: dict[str, Any] = {name: value for name, value in dict(extra).items() if value is not None}
+        if lacking := [name for name in ("name", "path") if name not in values]:
+            raise UserError(f"config.{here} has no {lacking[0]!r}; give it one.")
+        for name, value in values.items():
+            _check_extra(here, name, value)
+        found.append(DataSource(here, **values))
+    return found
+
+
+def shares(sources: Sequence[DataSource]) -> list[float] | None:
+    """Of each source in what is drawn; None: every example is drawn alike.
+
+    Raises:
+        UserError: If only some have a weight, or there is but one source.
+    """
+    weights = [source.weight for source in sources]
+    if all(weight is None for weight in weights):
+        return None
+    if len(sources) == 1:
+        raise UserError(
+            f"config.data.weight={weights[0]} is a share among several sources, but config.data.extra names no other; "
+            "unset it."
+        )
+    if lacking := [source.option for source in sources if source.weight is None]:
+        raise UserError(f"config.{lacking[0]} has no weight but another source has; set it for all or for none.")
+    return [float(weight) for weight in weights if weight is not None]
+
+
+def _check_extra(option: str, name: str, value: Any) -> None:
+    """Refuses a value of a further source that `resolve` would refuse of `data`."""
+    kinds = {"limit": int, "max_bad_rows": int, "weight": int | float}
+    if isinstance(value, bool) or not isinstance(value, kinds.get(name, str)) or value == "":
+        needed = "text" if name not in kinds else "a number" if name == "weight" else "an integer"
+        raise UserError(f"config.{option}.{name}={value!r} must be {needed}.")
+    if name == "name" and value not in SOURCES:
+        raise UserError(f"config.{option}.name={value!r} is unknown; there are {', '.join(SOURCES)}.")
+    if name in kinds and not (allowed := _RANGES[f"data.{name}"]).holds(value):
+        raise UserError(f"config.{option}.{name}={value} must be {allowed.words(value)}.")
+
+
+def _check_eval_data(config: Config) -> None:
+    """Refuses options of held-out data that there are none of."""
+    found, known = config.eval_data.to_dict(), base.get_config().eval_data.to_dict()
+    changed = [name for name, value in found.items() if value != known[name] and name != "cache_dir"]
+    if config.eval_data.path is not None:
+        data_sources(config.eval_data, "eval_data")
+    elif changed:
+        raise UserError(f"config.eval_data.{changed[0]} is set but config.eval_data.path is not; set both or neither.")
 
 
 def hyperparameters(config: Config) -> dict[str, float | None]:

@@ -22,8 +22,9 @@ from absl import flags
 
 from daajax import checkpoint, command, files, run, sampling, sharding
 from daajax.console import say
-from daajax.data import sources
-from daajax.data.sources import BadRow, Messages
+from daajax.data.bad_rows import BadRow
+from daajax.data.files import Address, json_rows
+from daajax.data.rows import Messages, parse
 from daajax.data.tokenization import Rendering, encode
 from daajax.data.tokenizer import chat_template, check_vocabulary, load_tokenizer, render
 from daajax.errors import UserError
@@ -230,7 +231,8 @@ def read_prompts(options: Options) -> list[Prompt]:
         file = pathlib.Path(options.prompts)
         if not file.is_file():
             raise UserError(f"--prompts={file} is no file; a .jsonl or .jsonl.gz file is needed.")
-        found = [_prompt_of(*entry) for entry in itertools.islice(sources.jsonl(file), options.limit)]
+        rows = json_rows(file, Address(str(file)))
+        found = [_prompt_of(*entry) for entry in itertools.islice(rows, options.limit)]
     if not found:
         raise UserError(f"--prompts={options.prompts} holds no rows; at least one is needed.")
     if options.chat:
@@ -245,7 +247,7 @@ def _prompt_of(location: str, row: dict[str, Any] | BadRow) -> Prompt:
     if row.get("prompt") is None:
         raise UserError(f"{location}: no column `prompt`, there are {', '.join(row) or 'none'}.")
     try:  # any response will do: it is the prompt that is checked
-        return sources.parse({"prompt": row["prompt"], "response": "."}, location).prompt
+        return parse({"prompt": row["prompt"], "response": "."}, location).prompt
     except BadRow as reason:
         raise UserError(f"{location}: {reason}; mend or remove the row.") from None
 

@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 
 from daajax import reference, sharding
 from daajax.checkpoint import Checkpoints
-from daajax.config import Config
+from daajax.config import Config, data_sources, shares
 from daajax.console import say
 from daajax.data import packing, windows
 from daajax.data.packing import Plan
 from daajax.data.sizes import Sizes
 from daajax.data.token_cache import tokenized
-from daajax.data.tokens import TokenizedData, summary
+from daajax.data.tokens import TokenizedData, concatenate, source_names, summary
 from daajax.errors import UserError
 from daajax.losses.terms import Term
 from daajax.models import decoder, weights
@@ -28,42 +28,50 @@ from daajax.scoring import Scorer
 
 
 def load_data(
-    config: Config, source: Config, architecture: Architecture, terms: Sequence[Term], name: str = "data"
+    config: Config, options: Config, architecture: Architecture, terms: Sequence[Term], option: str = "data"
 ) -> TokenizedData:
     """Reads and tokenizes data, and checks that they have the responses which the loss compares.
 
     Args:
-        config: Of the run.
-        source: `config.data`, or `config.eval_data`.
-        architecture: Of the model.
+        config: The config.
+        options: Its part that says which data: `config.data` or `config.eval_data`.
+        architecture: The model's.
         terms: The loss.
-        name: Of the source's options, for messages.
+        option: What the options are called.
 
     Raises:
         UserError: If data or tokenizer are at fault, or do not fit the loss or the model.
     """
-    data = tokenized(
-        source.name,
-        source.path,
-        tokenizer_path(config),
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        truncation=source.truncation,
-        template=config.chat.template,
-        score=config.chat.score,
-        limit=source.limit,
-        max_bad_rows=source.max_bad_rows,
-        vocab_size=architecture.vocab_size,
-        cache_dir=source.cache_dir,
-    )
-    for line in [*data.notices, *summary(data.counters)]:
-        say(f"{name}: {line}")
-    if name == "data" and config.max_length > architecture.max_position_embeddings:
-        say(
-            f"data: max_length={config.max_length} exceeds the {architecture.max_position_embeddings} positions that "
-            "the model was made for"
+    sources = data_sources(options, option)
+    names = source_names([(source.path, source.split) for source in sources])
+    parts = {}
+    for name, source in zip(names, sources, strict=True):
+        data = tokenized(
+            source.name,
+            source.path,
+            tokenizer_path(config),
+            split=source.split,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            truncation=options.truncation,
+            template=config.chat.template,
+            score=config.chat.score,
+            limit=source.limit,
+            max_bad_rows=source.max_bad_rows,
+            vocab_size=architecture.vocab_size,
+            cache_dir=options.cache_dir,
+            option=source.option,
         )
-    return _with_responses(data, terms, name)
+        what = option if len(sources) == 1 else f"{option} ({name})"
+        for line in [*data.notices, *summary(data.counters), *_unread(data, terms)]:
+            say(f"{what}: {line}")
+        parts[name] = _with_responses(data, terms, what)
+    if option == "data" and config.max_length > architecture.max_position_embeddings:
+        say(
+            f"data: max_length={config.max_length} exceeds the {architecture.max_position_embeddings} positions "
+            "that the model was made for"
+        )
+    return concatenate(parts)
 
 
 def load_held_out(
@@ -82,14 +90,25 @@ def load_held_out(
     return data, plan_sweep(config, data, mesh, most_tokens=most_tokens)
 
 
-def _with_responses(data: TokenizedData, terms: Sequence[Term], name: str) -> TokenizedData:
+def _unread(data: TokenizedData, terms: Sequence[Term]) -> list[str]:
+    """What the data bring that the loss does not look at."""
+    names = " + ".join(repr(term.name) for term in terms)
+    lines = []
+    if data.labels is not None:
+        lines.append(f"`label` is not read by loss {names}: all responses count alike, wanted or not")
+    if data.scores is not None:
+        lines.append(f"scores are not read by loss {names}: only the order of the responses counts")
+    return lines
+
+
+def _with_responses(data: TokenizedData, terms: Sequence[Term], what: str) -> TokenizedData:
     """The data with as many responses as the loss reads."""
     needed = max(term.objective.responses or data.lengths.shape[1] - 1 for term in terms)
     found = data.lengths.shape[1] - 1
     loss = next(term.name for term in terms if (term.objective.responses or found) == needed)
     if found < needed or (needed > 1 and found > needed):
         raise UserError(
-            f"loss {loss!r} compares {needed} responses but the {name} have {found} a prompt; "
+            f"loss {loss!r} compares {needed} responses but the {what} have {found} a prompt; "
             "choose another loss or other data."
         )
     lacking = np.nonzero((data.lengths[:, 1 : 1 + needed] == 0).any(axis=1))[0]
@@ -99,7 +118,7 @@ def _with_responses(data: TokenizedData, terms: Sequence[Term], name: str) -> To
             f"{data.ids[int(lacking[0])]!r}; complete or remove them."
         )
     if found > needed:
-        say(f"{name}: loss {loss!r} reads the first of {found} responses; the others are left out")
+        say(f"{what}: loss {loss!r} reads the first of {found} responses; the others are left out")
         data = data.first_responses(needed)
     return data
 
@@ -116,7 +135,8 @@ def make_plan(config: Config, data: TokenizedData, mesh: Any) -> Plan:
         UserError: If the layout options, the mesh and the data do not fit together.
     """
     sizes = Sizes.of(data, prefix_sharing=config.packing.prefix_sharing)
-    examples = len(data.weights)
+    examples, members = len(data.weights), data.by_source()
+    drawn_shares = shares(data_sources(config.data, "data"))
     updates = windows.updates_of(
         steps=config.steps, epochs=config.epochs, examples=examples, batch_size=config.batch_size
     )
@@ -126,7 +146,12 @@ def make_plan(config: Config, data: TokenizedData, mesh: Any) -> Plan:
         updates=updates,
         shuffle=config.data.shuffle,
         seed=config.seed,
+        sources=list(members.values()),
+        shares=drawn_shares,
     )
+    if drawn_shares is not None:
+        for name, epochs in zip(members, windows.epochs_of(order, list(members.values())), strict=True):
+            say(f"plan: source {name}: {epochs:.2f} epochs of {len(members[name])} examples")
     return pack(config, order, sizes, mesh, data.ids)
 
 

@@ -56,6 +56,12 @@ def seen_data(options):
     return data.digest, tuple(data.notices[:-1]), tuple(data.ids)
 
 
+def seen_eval_data(options):
+    architecture = read_architecture(options.model.path)
+    data = run.load_data(options, options.eval_data, architecture, bind(losses(options)), "eval_data")
+    return data.digest, tuple(data.ids)
+
+
 def seen_plan(options):
     with worlds.visible(8):
         mesh = sharding.make_mesh(options.mesh.to_dict())
@@ -90,10 +96,15 @@ CASES = {  # option: what is changed, and what must change with it
     "batch_size": (["batch_size=4"], seen_plan),
     "chat.template": (["chat.template={% for m in messages %}{{ m.role }} {{ m.content }}</s>{% endfor %}"], seen_data),
     "chat.score": (["chat.score=all"], seen_data),
+    "data.extra": (["data.extra=({'name':'jsonl','path':'EXTRA'},)"], seen_data),
     "data.limit": (["data.limit=20"], seen_data),
     "data.shuffle": (["data.shuffle=True"], seen_plan),
     "data.truncation": (["data.truncation=drop", "max_length=30"], seen_data),
+    "data.weight": (["data.weight=3.0", "data.extra=({'name':'jsonl','path':'EXTRA','weight':1.0},)"], seen_plan),
     "epochs": (["epochs=0.5"], seen_plan),
+    "eval_data.extra": (["eval_data.extra=({'name':'jsonl','path':'DATA'},)"], seen_eval_data),
+    "eval_data.limit": (["eval_data.limit=20"], seen_eval_data),
+    "eval_data.truncation": (["eval_data.truncation=drop"], seen_eval_data),
     "extra_losses": (["extra_losses=({'name':'sft','weight':0.5},)"], seen_terms),
     "loss": (["loss={'name':'ipo','beta':0.1}"], seen_terms),
     "max_length": (["max_length=20"], seen_data),
@@ -113,8 +124,11 @@ CASES = {  # option: what is changed, and what must change with it
     "seed": (["seed=1", "data.shuffle=True"], seen_plan),
     "steps": (["steps=3"], seen_plan),
 }
+EVAL = ["eval_data.path=EXTRA", "eval_data.cache_dir=None", "max_length=30"]
 BASES = {  # what the changed config is compared with, where it is not the world's own
     "data.truncation": ["max_length=30"],
+    "data.weight": ["data.weight=1.0", "data.extra=({'name':'jsonl','path':'EXTRA','weight':1.0},)"],
+    **{f"eval_data.{name}": EVAL for name in ("extra", "limit", "truncation")},
     "packing.enabled": ["batch_size=24"],
     "seed": ["data.shuffle=True"],
 }
@@ -125,15 +139,15 @@ ELSEWHERE = {  # option: the test, here or beside, that changes it
     "checkpoint.keep": "test_checkpoint: the latest are kept",
     "data.cache_dir": "test_folders_are_where_they_are_said_to_be",
     "data.max_bad_rows": "test_bad_rows_are_tolerated_up_to_a_number",
-    "data.name": "test_choices_are_refused_with_the_known_ones",
+    "data.name": "test_data: every source trains a model",
     "data.path": "test_bad_input: data that cannot be read are named",
+    "data.split": "test_data: a split is chosen",
     "eval.every": "test_evaluate: evaluations come every so often and last",
-    "eval_data.cache_dir": "test_evaluate: eval_data has options of its own",
-    "eval_data.limit": "test_evaluate: eval_data has options of its own",
-    "eval_data.max_bad_rows": "test_evaluate: eval_data has options of its own",
-    "eval_data.name": "test_choices_are_refused_with_the_known_ones",
-    "eval_data.path": "test_evaluate: eval_data has options of its own",
-    "eval_data.truncation": "test_evaluate: eval_data has options of its own",
+    "eval_data.cache_dir": "test_data: held-out data are read by the options of their own",
+    "eval_data.max_bad_rows": "test_data: held-out data are read by the options of their own",
+    "eval_data.name": "test_data: held-out data are read by the options of their own",
+    "eval_data.path": "test_data: held-out data are read by the options of their own",
+    "eval_data.split": "test_data: held-out data are read by the options of their own",
     "log.every": "test_train: metrics come every so often",
     "model.path": "test_bad_input: a damaged model directory is named",
     "model.random_init": "test_reference: fresh weights are a reference like any other",
@@ -171,10 +185,15 @@ def flags_of(world, chat, option):
 def test_an_option_acts(world, chat, option):
     overrides, seen = CASES[option]
     flags = flags_of(world, chat, option)
+    more = worlds.write_rows(world.folder / "more.jsonl", worlds.pairs(24, seed=1))
+    base = [o.replace("EXTRA", str(more)) for o in BASES.get(option, [])]
+    overrides = [o.replace("EXTRA", str(more)).replace("DATA", str(world.data)) for o in overrides]
+    if option.startswith("eval_data."):
+        overrides = [*base, *overrides]
     # The base recipe has neither steps nor epochs.
     recipe = _without_steps(world) if option == "epochs" else worlds.STORIES
     whole = ["epochs=1.0"] if option == "epochs" else []
-    plain, _ = worlds.parse(*flags, *(f"--config.{o}" for o in [*whole, *BASES.get(option, [])]), recipe=recipe)
+    plain, _ = worlds.parse(*flags, *(f"--config.{o}" for o in [*whole, *base]), recipe=recipe)
     changed, _ = worlds.parse(*flags, *(f"--config.{override}" for override in overrides), recipe=recipe)
     assert seen(plain) == seen(plain)
     assert seen(plain) != seen(changed)
@@ -291,7 +310,9 @@ def test_resolving_twice_changes_nothing(world):
 
 def test_the_names_of_the_design_are_there():
     promised = """seed model.path model.random_init model.dtype model.param_dtype tokenizer.path chat.template
-    chat.score data.name data.path data.shuffle data.limit data.truncation data.max_bad_rows data.cache_dir max_length
+    chat.score data.name data.path data.split data.shuffle data.limit data.truncation data.max_bad_rows data.cache_dir
+    eval_data.name eval_data.path eval_data.split eval_data.limit eval_data.truncation eval_data.max_bad_rows
+    eval_data.cache_dir max_length
     max_prompt_length batch_size micro_batches steps epochs packing.enabled packing.prefix_sharing packing.rows
     packing.row_length packing.shapes loss extra_losses reference.mode reference.path reference.cache_dir optimizer.name
     optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.weight_decay optimizer.b1 optimizer.b2

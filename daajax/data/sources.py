@@ -1,94 +1,27 @@
-"""Rows of a data set to examples: a prompt and its K responses, as text or as chat messages.
+"""Where examples come from: data sets by the kind of their source.
 
-A source is a function from a path to (location, row), where a row is a dict of the data's own columns; what the columns
-mean is the same for all of them. To add a source, write that function and give it a line in `SOURCES`.
-
-A row holds its responses in the first of these forms that it has; each is text or a list of messages (role, content):
-
-    chosen, rejected       a pair
-    responses              a list, best first
-    response | completion  a single one
-    messages               a conversation: its last message is the response
-
-The prompt is the column `prompt`. A pair may do without: its prompt is what both conversations begin with, in whole
-messages or, for text, in whole turns of Anthropic's Human/Assistant form. `id` and `weight` are optional; null counts
-as absent.
+A source is a function from an address to a `Source`: the files it lies in, and an iterator over its rows, dicts of the
+data's own columns. What the columns mean is the same for all of them: `daajax.data.rows`. To add a source, write that
+function and give it a line in `SOURCES`.
 """
 
-import codecs
 import dataclasses
-import gzip
 import itertools
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from daajax.data.bad_rows import BadRow, BadRows
+from daajax.data.files import READERS, Address, Row, Rows, arrow_rows, find, json_rows, parquet_rows
+from daajax.data.rows import Example, described, parse, unused_names
 from daajax.errors import UserError
 
-Messages = list[dict[str, str]]
-
-FORMS = (("chosen", "rejected"), ("responses",), ("response",), ("completion",), ("messages",))
-ROLES = ("system", "developer", "user", "assistant", "tool")
-NAMED_BAD_ROWS = 5
-FLOAT32_MAX = float(np.finfo(np.float32).max)  # weights are kept as float32
-
-
-class BadRow(Exception):  # noqa: N818 - it describes a row; `BadRows` decides whether it is an error
-    """A row that cannot be used; its text is the reason."""
-
-
-@dataclasses.dataclass
-class BadRows:
-    """Counts the rows that cannot be used, and ends the run once there are more than are tolerated.
-
-    Attributes:
-        tolerated: Rows, `data.max_bad_rows`.
-        count: Rows so far.
-        reasons: Place and reason of the first few.
-    """
-
-    tolerated: int = 0
-    count: int = 0
-    reasons: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, location: str, reason: BadRow) -> None:
-        """Counts one more.
-
-        Raises:
-            UserError: If it is one too many; names the first bad row.
-        """
-        self.count += 1
-        if len(self.reasons) < NAMED_BAD_ROWS:
-            self.reasons.append(f"{location}: {reason}")
-        if self.count > self.tolerated:
-            raise UserError(
-                f"{self.reasons[0]}. {self.count} bad row(s), but data.max_bad_rows={self.tolerated}: "
-                "mend or remove the row, or tolerate more with data.max_bad_rows"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A prompt and K responses to it, all of them text or all of them messages.
-
-    Attributes:
-        prompt: What the responses continue.
-        responses: 0 the chosen, 1 the rejected one; best first where there are more; a single one for SFT.
-        weight: Multiplies the example's loss; finite, >= 0.
-        id: The data's own id, or "<file>:<line>".
-        location: Where the row is, for messages to the user.
-    """
-
-    prompt: str | Messages
-    responses: tuple[str | Messages, ...]
-    weight: float = 1.0
-    id: str = ""
-    location: str = ""
+JSONL = (".jsonl", ".jsonl.gz")
+ODDITIES = ("examples_with_later_turns", "examples_sorted_by_score", "pairs_scored_against_their_order")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +30,8 @@ class Examples:
 
     Attributes:
         examples: The good rows, in the order of the data.
-        counters: `rows`, `bad_rows` and `examples_with_later_turns`, in which a response goes on to further user turns:
-            they are scored with it.
+        counters: `rows`, `bad_rows` and `ODDITIES`: examples in which a response goes on to further user turns, which
+            are scored with it; lists put in order; pairs whose rejected response has the higher score.
         notices: One line each, to be printed: columns not used, bad rows tolerated.
         bad_rows: The account of bad rows, which tokenization continues.
     """
@@ -109,46 +42,98 @@ class Examples:
     bad_rows: BadRows = dataclasses.field(default_factory=BadRows)
 
 
-def read(name: str, path: str | Path, *, limit: int | None = None, max_bad_rows: int = 0) -> Examples:
-    """Reads a source's rows as examples.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set that was found, not yet read.
+
+    Attributes:
+        address: What the user said of it.
+        files: All that its rows follow from.
+        rows: Begins a pass over them.
+    """
+
+    address: Address
+    files: Sequence[Path]
+    rows: Callable[[], Rows]
+
+    def name_of(self, location: str | Path) -> str:
+        """A file, or a row's location, without the folders that all of the data lie in."""
+        root = f"{Path(self.address.path)}/"
+        return str(location).removeprefix(root) if str(location).startswith(root) else Path(location).name
+
+    def read(self, *, limit: int | None = None, max_bad_rows: int = 0) -> Examples:
+        """Reads the rows as examples; see `read`."""
+        option = self.address.option
+        check_count(f"{option}.limit", limit, least=1, optional=True)
+        check_count(f"{option}.max_bad_rows", max_bad_rows, least=0)
+        examples, bad_rows = [], BadRows(max_bad_rows, option)
+        unused: dict[str, None] = {}  # in order of appearance
+        counters: dict[str, int] = dict.fromkeys(("rows", "bad_rows", *ODDITIES), 0)
+        for location, row in self.rows():
+            counters["rows"] += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                example = parse(row, location, self.name_of(location))
+            except BadRow as reason:
+                bad_rows.add(location, reason)
+                continue
+            examples.append(example)
+            unused.update(dict.fromkeys(unused_names(row)))
+            for oddity in example.oddities:
+                counters[oddity] += 1
+            if len(examples) == limit:
+                break
+        if not examples:
+            found = f"{counters['rows']} rows, none of them good" if counters["rows"] else "no rows"
+            raise self.address.refused(f"holds {found}; needed at least one example with a prompt and responses")
+        notices = [f"columns not used: {', '.join(unused)}"] if unused else []
+        notices += [f"bad row skipped: {reason}" for reason in bad_rows.reasons]
+        return Examples(examples, counters | {"bad_rows": bad_rows.count}, notices, bad_rows)
+
+
+def open_source(name: str, path: str | Path, *, split: str | None = None, option: str = "data") -> Source:
+    """Finds a data set.
 
     Args:
         name: A key of `SOURCES`, `data.name`.
         path: Where the data are, `data.path`.
+        split: Which part of them, `data.split`.
+        option: What these options are called in the config.
+
+    Raises:
+        UserError: If there is no such source, or nothing of its kind at the path.
+    """
+    if name not in SOURCES:
+        raise UserError(f"{option}.name={name!r} is no source; known are {', '.join(sorted(SOURCES))}")
+    if split is not None and not re.fullmatch(r"[\w.-]+", split):
+        raise UserError(f"{option}.split={split!r} is no split's name; for a part of one set {option}.limit")
+    return SOURCES[name](Address(str(path), split, option))
+
+
+def read(
+    name: str,
+    path: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    max_bad_rows: int = 0,
+    option: str = "data",
+) -> Examples:
+    """Reads a data set's rows as examples.
+
+    Args:
+        name: See `open_source`.
+        path: See `open_source`.
+        split: See `open_source`.
         limit: Examples to stop after, `data.limit`; None reads all of them.
         max_bad_rows: Rows that may be unusable, `data.max_bad_rows`; they are skipped and counted, the first few named.
+        option: See `open_source`.
 
     Raises:
         UserError: If the data cannot be read, hold no example, or hold more bad rows than are tolerated.
     """
-    if name not in SOURCES:
-        raise UserError(f"data.name={name!r} is no source; known are {', '.join(sorted(SOURCES))}")
-    check_count("data.limit", limit, least=1, optional=True)
-    check_count("data.max_bad_rows", max_bad_rows, least=0)
-    examples, bad_rows = [], BadRows(max_bad_rows)
-    unused: dict[str, None] = {}  # in order of appearance
-    rows = later_turns = 0
-    for location, row in SOURCES[name](Path(path)):
-        rows += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            example = parse(row, location)
-        except BadRow as reason:
-            bad_rows.add(location, reason)
-            continue
-        examples.append(example)
-        unused.update(dict.fromkeys(_unused_names(row)))
-        later_turns += _has_later_turns(example)
-        if len(examples) == limit:
-            break
-    if not examples:
-        found = f"{rows} rows, none of them good" if rows else "no rows"
-        raise UserError(f"data.path={path} holds {found}; needed at least one example with a prompt and responses")
-    notices = [f"columns not used: {', '.join(unused)}"] if unused else []
-    notices += [f"bad row skipped: {reason}" for reason in bad_rows.reasons]
-    counters = {"rows": rows, "bad_rows": bad_rows.count, "examples_with_later_turns": later_turns}
-    return Examples(examples, counters, notices, bad_rows)
+    return open_source(name, path, split=split, option=option).read(limit=limit, max_bad_rows=max_bad_rows)
 
 
 def check_count(name: str, value: int | None, *, least: int, optional: bool = False) -> None:
@@ -159,231 +144,168 @@ def check_count(name: str, value: int | None, *, least: int, optional: bool = Fa
         raise UserError(f"{name}={value!r}: needed an integer >= {least}{' or None' if optional else ''}")
 
 
-def parse(row: dict[str, Any], location: str) -> Example:
-    """One row to an example.
+def jsonl(address: Address) -> Source:
+    """JSONL, also compressed by gzip: a file, or a folder of them."""
+    return _in_files(address, find(address, JSONL), json_rows)
 
-    Args:
-        row: The data's columns.
-        location: "<path>:<line>"; without its folders it is the id of a row that has none.
 
-    Raises:
-        BadRow: If the row cannot be used.
+def parquet(address: Address) -> Source:
+    """Parquet: a file, or a folder of them."""
+    return _in_files(address, find(address, (".parquet",)), parquet_rows)
+
+
+def hh(address: Address) -> Source:
+    """JSONL as Anthropic published hh-rlhf: two whole conversations as text, split on turns.
+
+    A file, or a folder of them: also all of hh-rlhf, whose subsets are folders with a train and a test file each.
     """
-    row = {name: value for name, value in row.items() if value is not None}
-    form = _form_of(row)
-    if missing := [name for name in form if name not in row]:
-        raise BadRow(f"no `{missing[0]}`; needed {' and '.join(f'`{name}`' for name in form)}")
-    prompt, responses = _split_messages(row["messages"]) if form == ("messages",) else _split(row, form)
-    names = form if len(form) == len(responses) else tuple(f"responses[{index}]" for index in range(len(responses)))
-    _check_parts(prompt, dict(zip(names, responses, strict=True)))
-    return Example(prompt, tuple(responses), _weight_of(row), _id_of(row, location), location)
+
+    def rows(path: Path, address: Address) -> Rows:
+        return ((location, _conversations(row)) for location, row in json_rows(path, address))
+
+    return _in_files(address, find(address, JSONL), rows)
 
 
-def _form_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The columns that hold a row's responses."""
-    for form in FORMS:
-        if any(row.get(name) is not None for name in form):
-            return form
-    columns = ", ".join(f"`{name}`" for name in row) or "none"
-    raise BadRow(
-        "no responses: needed `chosen` and `rejected`, `responses`, `response`, `completion` or `messages`, "
-        f"got the columns {_shortened(columns)}"
-    )
+def hub(address: Address) -> Source:
+    """A data set of the Hugging Face Hub: a folder that it was downloaded or saved to, or its name there.
 
-
-def _split(row: dict[str, Any], form: tuple[str, ...]) -> tuple[str | Messages, Sequence[str | Messages]]:
-    """A row's prompt and its responses, either all text or all messages."""
-    if form == ("responses",):
-        if not isinstance(row["responses"], list) or not row["responses"]:
-            raise BadRow(f"`responses` is {_described(row['responses'])}, needed a list of at least one response")
-        values = {f"responses[{index}]": value for index, value in enumerate(row["responses"])}
-    else:
-        values = {name: row[name] for name in form}
-    responses = [_text_or_messages(name, value) for name, value in values.items()]
-    if "prompt" not in row:
-        return _split_pair(responses)
-    prompt = _text_or_messages("prompt", row["prompt"])
-    if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
-        return prompt, responses
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    responses = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in responses]
-    # Some data repeat the prompt at the head of each response.
-    return prompt, [r[len(prompt) :] if r[: len(prompt)] == prompt else r for r in responses]
-
-
-def _split_pair(responses: list[str | Messages]) -> tuple[str | Messages, Sequence[str | Messages]]:
-    """The prompt that the conversations of a pair without one have in common, and the rest of each."""
-    if len(responses) != 2:
-        raise BadRow("no `prompt`; only a pair may do without")
-    chosen, rejected = responses
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return split_turns(chosen, rejected)
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise BadRow("no `prompt`, and one of `chosen` and `rejected` is text, the other messages")
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    if not common:
-        raise BadRow("no `prompt`, and `chosen` and `rejected` have no leading message in common")
-    if chosen != rejected and common == min(len(chosen), len(rejected)):
-        raise BadRow("no `prompt`, and one of `chosen` and `rejected` is the beginning of the other")
-    if chosen == rejected:
-        common -= 1
-    return chosen[:common], [chosen[common:], rejected[common:]]
-
-
-def split_turns(chosen: str, rejected: str) -> tuple[str, list[str]]:
-    r"""Splits two Human/Assistant conversations after the last "\n\nAssistant:" up to which they are equal.
-
-    Never after their last common character: that would eat the words with which both answers begin.
+    The folder is a snapshot of its repository, with Parquet, JSONL or Arrow files, or what `datasets` wrote by
+    `save_to_disk`. The name is `owner/name`, `owner/name/config` or either with `@revision`; it needs the extra `hub`.
     """
-    prompt = ""
-    for turn in re.finditer("\n\nAssistant:", chosen):
-        if not rejected.startswith(chosen[: turn.end()]):
-            break
-        prompt = chosen[: turn.end()]
-    if not prompt.startswith("\n\nHuman:"):
-        raise BadRow(
-            r"no `prompt`, and `chosen` and `rejected` do not begin with a common \n\nHuman: … \n\nAssistant:; "
-            "needed a column `prompt`"
-        )
-    return prompt, [chosen[len(prompt) :], rejected[len(prompt) :]]
+    path = Path(address.path)
+    if path.is_file():
+        raise address.refused("is a file; needed a folder, or a name on the Hub (a file is for jsonl or parquet)")
+    if not path.is_dir():
+        return _from_the_hub(address)
+    if (path / "dataset_dict.json").is_file():
+        split = address.choose(sorted(folder.parent.name for folder in path.glob("*/state.json")))
+        return _saved(address, path / split)
+    if (path / "state.json").is_file():
+        address.refuse_split("a single data set that was saved to disk")
+        return _saved(address, path)
+    files = find(address, tuple(READERS))
+    reader, *others = {_reader_of(file) for file in files}
+    if others:
+        kinds = ", ".join(sorted({f"*{file.suffix}" for file in files}))
+        raise address.refused(f"holds the same or other data as {kinds}; keep one kind, or name a subfolder")
+    return _in_files(address, files, reader)
 
 
-def _split_messages(value: Any) -> tuple[Messages, Sequence[str | Messages]]:
-    """A conversation's prompt and its last message."""
-    messages = _text_or_messages("messages", value)
-    if isinstance(messages, str):
-        raise BadRow("`messages` is text, needed a list of messages")
-    return messages[:-1], [messages[-1:]]
+def tfds(address: Address) -> Source:
+    """A data set that TensorFlow Datasets prepared as array_record or Parquet: the folder of its version."""
+    folder = Path(address.path)
+    if not (folder / "dataset_info.json").is_file():
+        below = sorted(str(info.parent.relative_to(folder)) for info in folder.rglob("dataset_info.json"))
+        found = f"has no dataset_info.json, but {', '.join(below)} below it" if below else "has no dataset_info.json"
+        found = found if folder.is_dir() else "does not exist"
+        raise address.refused(f"{found}; needed the folder of a prepared version, such as …/name/1.0.0")
+    import tensorflow_datasets  # half a second, which other sources need not pay
 
-
-def _text_or_messages(name: str, value: Any) -> str | Messages:
-    """Checks a column's type; of a message only role and content are kept."""
-    if isinstance(value, str):
-        _check_unicode(name, value)
-        return value
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"`{name}` is {_described(value)}, needed text or a list of messages")
-    return [_message(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
-
-
-def _message(name: str, value: Any) -> dict[str, str]:
-    """Checks one message."""
-    if not isinstance(value, dict):
-        raise BadRow(f"`{name}` is {_described(value)}, needed a message with `role` and `content`")
-    for field in ("role", "content"):
-        if not isinstance(value.get(field), str):
-            raise BadRow(f"`{name}` has {_described(value.get(field))} as `{field}`, needed text")
-        _check_unicode(name, value[field])
-    if value["role"] not in ROLES:
-        raise BadRow(f"`{name}` has the role {_shortened(repr(value['role']))}, known are {', '.join(ROLES)}")
-    return {"role": value["role"], "content": value["content"]}
-
-
-def _check_unicode(name: str, text: str) -> None:
-    r"""Refuses half a surrogate pair, which JSON can spell (\ud800) and UTF-8 cannot."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"`{name}` holds half a surrogate pair at character {error.start}, which is no text") from None
+        builder: Any = tensorflow_datasets.builder_from_directory(str(folder))
+        split = address.choose([str(name) for name in builder.info.splits])
+        data = builder.as_data_source(split)
+    except UserError:
+        raise
+    except Exception as error:  # it raises nearly anything
+        reason = f"{_one_line(error)}; it needs file_format array_record or parquet"
+        raise address.refused(f"cannot be read as a prepared data set ({reason})") from error
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    return Source(address, files, lambda: _prepared_rows(data, address, split))
 
 
-def _check_parts(prompt: str | Messages, responses: dict[str, str | Messages]) -> None:
-    """Refuses what no objective can learn from."""
-    if isinstance(prompt, list) and not prompt:
-        raise BadRow("the conversation is a single message: needed a prompt before the response")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise BadRow("the prompt ends in an assistant message: needed one that the assistant answers")
-    for name, response in responses.items():
-        roles = [entry["role"] for entry in response] if isinstance(response, list) else ["assistant"]
-        if not roles or roles[0] != "assistant" or roles[-1] != "assistant":
-            raise BadRow(f"`{name}` does not begin and end in an assistant message after the prompt")
-        if not (response if isinstance(response, str) else response[-1]["content"]).strip():
-            raise BadRow(f"`{name}` is empty")
-    for (name, response), (other, twin) in itertools.combinations(responses.items(), 2):
-        if response == twin:
-            raise BadRow(f"`{name}` and `{other}` are equal")
+def _in_files(address: Address, files: Sequence[Path], reader: Callable[[Path, Address], Rows]) -> Source:
+    """A data set whose rows are those of its files, one file after the other."""
+    return Source(address, files, lambda: itertools.chain.from_iterable(reader(file, address) for file in files))
 
 
-def _weight_of(row: dict[str, Any]) -> float:
-    """The row's weight, 1 unless given."""
-    weight = row.get("weight", 1.0)
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 <= weight <= FLOAT32_MAX:  # NaN fails both comparisons
-        raise BadRow(f"`weight` is {_described(weight)}, needed a finite number >= 0")
-    return float(weight)
+def _reader_of(file: Path) -> Callable[[Path, Address], Rows]:
+    """What reads a file of that name."""
+    return next(reader for ending, reader in READERS.items() if file.name.endswith(ending))
 
 
-def _id_of(row: dict[str, Any], location: str) -> str:
-    """The row's id, or its file and line."""
-    identity = row.get("id", "")
-    if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise BadRow(f"`id` is {_described(identity)}, needed text or an integer")
-    _check_unicode("id", str(identity))
-    return str(identity) or Path(location).name
-
-
-def _has_later_turns(example: Example) -> bool:
-    """Whether a response goes on beyond the assistant's turn."""
-    if isinstance(example.prompt, str):
-        return example.prompt.startswith("\n\nHuman:") and any("\n\nHuman:" in text for text in example.responses)
-    messages = [entry for response in example.responses if isinstance(response, list) for entry in response]
-    return any(entry["role"] == "user" for entry in messages)
-
-
-def _unused_names(row: dict[str, Any]) -> list[str]:
-    """What a good row holds beyond what an example needs."""
-    form = _form_of(row)
-    used = {"id", "weight", *form} | (set() if form == ("messages",) else {"prompt"})
-    names = [name for name in row if name not in used]
-    for name in used & row.keys():
-        for entry in row[name] if isinstance(row[name], list) else []:
-            if isinstance(entry, dict):
-                names += [f"{name}[].{field}" for field in entry if field not in ("role", "content")]
-    return names
-
-
-def _described(value: Any) -> str:
-    """A value in a message about it."""
-    return "missing" if value is None else f"{type(value).__name__} {_shortened(repr(value))}"
-
-
-def _shortened(text: str) -> str:
-    """The beginning of a text, as one line that fits a message."""
-    return text if len(text) <= 60 else text[:60] + "…"
-
-
-def jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """The lines of a JSONL file, or of one compressed by gzip; blank lines hold nothing.
-
-    A line that is no JSON object comes as the reason. CRLF line ends and a byte order mark are taken as they come.
-    """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"data.path={path} {found}; needed a .jsonl or .jsonl.gz file")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                content = line.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else line.strip()
-                if content:
-                    yield f"{path}:{number}", _json_object(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data.path={path} cannot be read to its end ({error}); copy or compress it again") from error
-
-
-def _json_object(line: bytes) -> dict[str, Any] | BadRow:
-    """One line's object, or why there is none."""
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 at byte {error.start} of the line")
-    except json.JSONDecodeError as error:
-        return BadRow(f"not JSON ({error.msg} at character {error.pos})")
-    except (ValueError, RecursionError) as error:
-        return BadRow(f"not JSON that can be read ({error})")
-    if not isinstance(row, dict):
-        return BadRow(f"{_described(row)}, needed a JSON object on each line")
+def _conversations(row: Row) -> Row:
+    """A row of hh-rlhf, or why it is none."""
+    if isinstance(row, BadRow):
+        return row
+    if "prompt" in row:
+        return BadRow("has a `prompt`, but rows of hh-rlhf are whole conversations; the source jsonl takes both")
+    for name in ("chosen", "rejected"):
+        if not isinstance(row.get(name), str):
+            return BadRow(f"`{name}` is {described(row.get(name))}, needed a whole conversation as text")
     return row
 
 
-SOURCES: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any] | BadRow]]]] = {"jsonl": jsonl}
+def _saved(address: Address, folder: Path) -> Source:
+    """What `datasets.Dataset.save_to_disk` wrote."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise address.refused(f"has a state.json that cannot be used ({_one_line(error)}); save it again") from error
+    return _in_files(address, files, arrow_rows)
+
+
+def _from_the_hub(address: Address) -> Source:
+    """A data set by its name, downloaded into the cache of the `datasets` library."""
+    name = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w.-]+))?", address.path)
+    if name is None:
+        raise address.refused("does not exist, and is no name on the Hub such as owner/name or owner/name/config")
+    try:
+        import datasets
+    except ImportError:
+        raise address.refused(
+            "is no folder; a data set of the Hub by name needs the extra: pip install 'daajax[hub]'; or download it "
+            f"(hf download --repo-type dataset {name[1]} --local-dir …) and name the folder"
+        ) from None
+    try:
+        found = datasets.load_dataset(name[1], name[2], revision=name[3])
+    except Exception as error:  # it raises nearly anything
+        raise address.refused(
+            f"is no folder, and the Hub gives no such data set ({_one_line(error)}); check the name and the network, "
+            "or download it elsewhere and name the folder"
+        ) from error
+    split = address.choose([str(name) for name in found])
+    files = [Path(file["filename"]) for file in found[split].cache_files]
+    return _in_files(address, files, arrow_rows)
+
+
+def _prepared_rows(data: Sequence[dict[str, Any]], address: Address, split: str) -> Rows:
+    """The rows of a split that TFDS prepared, in the order of its files."""
+    folder = Path(address.path)
+    for place in range(len(data)):
+        try:
+            row = data[place]
+        except Exception as error:  # it raises nearly anything
+            raise address.refused(
+                f"cannot be read at row {place + 1} ({_one_line(error)}); prepare it again"
+            ) from error
+        try:
+            yield f"{folder}/{split}:{place + 1}", {name: _plain(value) for name, value in row.items()}
+        except UnicodeDecodeError as error:
+            yield f"{folder}/{split}:{place + 1}", BadRow(f"not UTF-8 at byte {error.start} of a text")
+
+
+def _plain(value: Any) -> Any:
+    """What TFDS gives as plain Python: text comes as bytes, numbers as NumPy's."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _one_line(error: Exception) -> str:
+    """What a library says, as part of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+SOURCES: dict[str, Callable[[Address], Source]] = {
+    "hh": hh,
+    "hub": hub,
+    "jsonl": jsonl,
+    "parquet": parquet,
+    "tfds": tfds,
+}

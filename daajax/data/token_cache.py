@@ -19,14 +19,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from daajax.data.sources import read
+from daajax.data import tokens
+from daajax.data.sources import Source, open_source
 from daajax.data.tokenization import tokenize
 from daajax.data.tokenizer import TOKENIZER_FILES, check_vocabulary, load_tokenizer, template_text
 from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 
-FORMAT = 1  # raise it whenever the same rows would become other arrays
-ARRAYS = ("tokens", "scored", "starts", "lengths", "weights", "id_text", "id_starts")  # the files of an entry
+FORMAT = 2  # raise it whenever the same rows would become other arrays
+ARRAYS = (*tokens.ARRAYS, "starts", "id_text", "id_starts")  # the files of an entry, beside `tokens.COLUMNS`
 
 
 class DamagedError(Exception):
@@ -38,6 +39,7 @@ def tokenized(
     path: str | Path,
     tokenizer_path: str | Path,
     *,
+    split: str | None = None,
     max_length: int,
     max_prompt_length: int | None = None,
     truncation: str = "truncate",
@@ -47,6 +49,7 @@ def tokenized(
     max_bad_rows: int = 0,
     vocab_size: int | None = None,
     cache_dir: str | Path | None = None,
+    option: str = "data",
 ) -> TokenizedData:
     """Reads and tokenizes a data set, or finds it in the cache.
 
@@ -54,6 +57,7 @@ def tokenized(
         name: See `sources.read`.
         path: See `sources.read`.
         tokenizer_path: See `load_tokenizer`.
+        split: See `sources.read`.
         max_length: See `tokenization.Limits`.
         max_prompt_length: See `tokenization.Limits`.
         truncation: See `tokenization.Limits`.
@@ -63,6 +67,7 @@ def tokenized(
         max_bad_rows: See `sources.read`; tokenization continues the account.
         vocab_size: The model's, to check the tokenizer against.
         cache_dir: The cache's folder, made if need be; None keeps nothing.
+        option: What these options are called in the config.
 
     Returns:
         The data, memory-mapped from the cache where there is one; the last notice says where they came from.
@@ -70,6 +75,7 @@ def tokenized(
     Raises:
         UserError: If the data, the tokenizer, an option or the cache's folder is at fault.
     """
+    source = open_source(name, path, split=split, option=option)
     tokenizer = load_tokenizer(tokenizer_path)
     if vocab_size is not None:
         check_vocabulary(tokenizer, vocab_size)
@@ -78,16 +84,18 @@ def tokenized(
 
     def make() -> tuple[TokenizedData, str]:
         start = time.perf_counter()
-        data = tokenize(read(name, path, limit=limit, max_bad_rows=max_bad_rows), tokenizer, **options)
+        data = tokenize(source.read(limit=limit, max_bad_rows=max_bad_rows), tokenizer, **options)
         return data, f"tokenized {data.counters['examples']:,} examples in {time.perf_counter() - start:.1f} s"
 
-    if cache_dir is None or not Path(path).is_file():  # a path that is no file is `read`'s to refuse
+    if cache_dir is None:
         return _with_notices(*make())
-    ingredients = options | {"name": name, "limit": limit, "max_bad_rows": max_bad_rows}
-    return _find_or_make(cache_dir, entry_key(Path(path), Path(tokenizer_path), ingredients), make)
+    ingredients = options | {"name": name, "split": split, "limit": limit, "max_bad_rows": max_bad_rows}
+    return _find_or_make(cache_dir, entry_key(source, Path(tokenizer_path), ingredients), make, option)
 
 
-def _find_or_make(cache_dir: str | Path, key: str, make: Callable[[], tuple[TokenizedData, str]]) -> TokenizedData:
+def _find_or_make(
+    cache_dir: str | Path, key: str, make: Callable[[], tuple[TokenizedData, str]], option: str
+) -> TokenizedData:
     """The entry of that key, memory-mapped; `make` gives what an absent or damaged one should hold, and a notice."""
     entry = Path(cache_dir).expanduser() / key
     notices = []
@@ -96,32 +104,32 @@ def _find_or_make(cache_dir: str | Path, key: str, make: Callable[[], tuple[Toke
             return _with_notices(load(entry), f"cache: hit {entry.name}")
         except DamagedError as reason:
             notices.append(f"cache: entry {entry} is damaged ({reason}): made again")
-    with _cache_errors_named(cache_dir):  # before the work, not after it
+    with _cache_errors_named(cache_dir, option):  # before the work, not after it
         entry.parent.mkdir(parents=True, exist_ok=True)
     data, notice = make()
-    with _cache_errors_named(cache_dir):
+    with _cache_errors_named(cache_dir, option):
         save(data, entry)
         data = load(entry)
     return _with_notices(data, *notices, notice)
 
 
 @contextlib.contextmanager
-def _cache_errors_named(cache_dir: str | Path) -> Iterator[None]:
+def _cache_errors_named(cache_dir: str | Path, option: str) -> Iterator[None]:
     """Turns what the file system says into what the user can do."""
     try:
         yield
     except (OSError, DamagedError) as error:
         raise UserError(
-            f"data.cache_dir={cache_dir} cannot keep the tokenized data ({error}); "
+            f"{option}.cache_dir={cache_dir} cannot keep the tokenized data ({error}); "
             "make room, make it writable, or name another folder"
         ) from error
 
 
-def entry_key(path: Path, tokenizer_path: Path, options: dict[str, Any]) -> str:
+def entry_key(source: Source, tokenizer_path: Path, options: dict[str, Any]) -> str:
     """The digest of everything that the tokenized data follow from.
 
     Args:
-        path: The data's file. Its name counts too: rows without an id are called by it.
+        source: The data: their files' content and names, by which rows without an id are called.
         tokenizer_path: The tokenizer's folder.
         options: All other arguments of reading and tokenizing.
     """
@@ -130,7 +138,7 @@ def entry_key(path: Path, tokenizer_path: Path, options: dict[str, Any]) -> str:
         ingredients = {
             "format": FORMAT,
             "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")},
-            "data": [path.name, _file_digest(path)],
+            "data": [[source.name_of(file), _file_digest(file)] for file in source.files],
             "tokenizer": [[str(file.relative_to(tokenizer_path)), _file_digest(file)] for file in files],
             "options": options | {"template": template_text(options["template"])},
         }
@@ -185,8 +193,9 @@ def load(entry: Path) -> TokenizedData:
                 raise DamagedError(f"{name} has another size")
             if _file_digest(entry / name) != expected["sha256"]:
                 raise DamagedError(f"{name} does not match its digest")
-        arrays = {
-            name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in ARRAYS
+        names = [*ARRAYS, *(name for name in tokens.COLUMNS if f"{name}.npy" in content["files"])]
+        arrays: dict[str, Any] = {
+            name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in names
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
@@ -216,7 +225,7 @@ def _publish(scratch: Path, entry: Path) -> None:
 def _arrays(data: TokenizedData) -> dict[str, np.ndarray]:
     """What an entry holds, by the name of its file."""
     columns = vars(data) | {"id_text": data.ids.text, "id_starts": data.ids.starts}
-    return {name: columns[name] for name in ARRAYS}
+    return {name: columns[name] for name in (*ARRAYS, *tokens.COLUMNS) if columns[name] is not None}
 
 
 def _with_notices(data: TokenizedData, *notices: str) -> TokenizedData:

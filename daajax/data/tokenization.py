@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from daajax.data.sources import BadRow, BadRows, Example, Examples, Messages, check_count
+from daajax.data.bad_rows import BadRow, BadRows
+from daajax.data.rows import Example, Messages
+from daajax.data.sources import Examples, check_count
 from daajax.data.tokenizer import chat_template, render
-from daajax.data.tokens import COUNTERS, Ids, TokenizedData, array_digest, digest, response_names
+from daajax.data.tokens import COUNTERS, UNLABELLED, Ids, TokenizedData, array_digest, digest, response_names
 from daajax.errors import UserError
 
 if TYPE_CHECKING:
@@ -327,6 +329,13 @@ def _flatten(
         "lengths": lengths,
         "weights": np.array([example.weight for example in kept], np.float32),
     }
+    if any(example.scores is not None for example in kept):
+        arrays["scores"] = np.full((len(kept), lengths.shape[1] - 1), np.nan, np.float32)
+        for place, example in enumerate(kept):
+            arrays["scores"][place, : len(example.scores or ())] = example.scores or ()
+    if any(example.label is not None for example in kept):
+        labels = [UNLABELLED if example.label is None else int(example.label) for example in kept]
+        arrays["labels"] = np.array(labels, np.int8)
     return TokenizedData(
         **arrays,
         starts=np.concatenate([[0], np.cumsum(lengths.sum(1, dtype=np.int64))]),

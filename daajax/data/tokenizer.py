@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from daajax.data.sources import BadRow, Messages
+from daajax.data.bad_rows import BadRow
+from daajax.data.rows import Messages
 from daajax.errors import UserError
 
 if TYPE_CHECKING:

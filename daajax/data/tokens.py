@@ -2,11 +2,18 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import overload
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int, Int8, Int16, Int32, Int64, UInt8
+
+from daajax.errors import UserError
+
+ARRAYS = ("tokens", "scored", "lengths", "weights")  # what every data set consists of
+COLUMNS = ("scores", "labels")  # what some bring besides
+UNLABELLED = -1
 
 # The counters and, for what `summary` names when it happened, their meaning. Beside them are `truncated_<response>` and
 # those of `sources.Examples`.
@@ -15,6 +22,8 @@ COUNTERS = {
     "examples_kept": "",
     "bad_rows": "bad rows skipped",
     "examples_with_later_turns": "examples with user turns inside a response, scored with it",
+    "examples_sorted_by_score": "examples whose responses were put in order of their scores, best first",
+    "pairs_scored_against_their_order": "pairs whose rejected response has the higher score: kept as they are",
     "dropped_prompt_too_long": "examples dropped: the prompt leaves no room for a response",
     "dropped_too_long": "examples dropped: longer than the limits",
     "truncated_prompts": "prompts cut to max_prompt_length",
@@ -49,6 +58,21 @@ class Ids(Sequence[str]):
         starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), starts)
 
+    @classmethod
+    def joined(cls, parts: Mapping[str, "Ids"]) -> "Ids":
+        """The ids of several sources, each behind its source's name and a slash."""
+        texts, sizes = [], []
+        for name, ids in parts.items():
+            prefix, count = np.frombuffer(f"{name}/".encode(), np.uint8), len(ids)
+            starts = ids.starts + len(prefix) * np.arange(count + 1)
+            text = np.empty(starts[-1], np.uint8)
+            places = (starts[:-1, None] + np.arange(len(prefix))).ravel()
+            text[places] = np.tile(prefix, count)
+            text[np.delete(np.arange(len(text)), places)] = ids.text
+            texts.append(text)
+            sizes.append(np.diff(starts))
+        return cls(np.concatenate(texts), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64))
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
@@ -74,10 +98,14 @@ class TokenizedData:
         starts: Where each example begins in `tokens`, and the end of the last one.
         lengths: Tokens of the shared prompt, then of each response; 0: there is no such response.
         weights: Multiplies the example's loss.
-        ids: The data's own ids, or "<file>:<line>".
+        ids: The data's own ids, or "<file>:<row>"; of several sources, "<source>/<id>".
         counters: What was read, dropped, cut and found odd; `summary` says it in words.
         notices: One line each, to be printed.
-        digest: SHA-256 over tokens, scored, lengths and weights.
+        digest: SHA-256 over the arrays of `ARRAYS` and `COLUMNS`; of several sources, over theirs.
+        scores: Of each response, the higher the better; NaN where there is none. None: no example has any.
+        labels: 1 if the single response is wanted, 0 if not, `UNLABELLED`. None: no example has one.
+        source_names: Of the sources that the examples come from, each its own.
+        sources: Index into `source_names`. None: all are of the first.
     """
 
     tokens: Int32[np.ndarray, " total"]
@@ -89,6 +117,16 @@ class TokenizedData:
     counters: dict[str, int]
     notices: list[str]
     digest: str
+    scores: Float32[np.ndarray, "examples responses"] | None = None
+    labels: Int8[np.ndarray, " examples"] | None = None
+    source_names: tuple[str, ...] = ("data",)
+    sources: Int16[np.ndarray, " examples"] | None = None
+
+    def by_source(self) -> dict[str, Int[np.ndarray, " _"]]:
+        """Which examples come from each source, in the order of the data."""
+        if self.sources is None:
+            return {self.source_names[0]: np.arange(len(self.weights))}
+        return {name: np.flatnonzero(self.sources == index) for index, name in enumerate(self.source_names)}
 
     def first_responses(self, count: int) -> "TokenizedData":
         """The same examples with only their first `count` responses."""
@@ -97,6 +135,10 @@ class TokenizedData:
         mask = np.repeat(kept, self.lengths.ravel())
         starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
         arrays = {"tokens": self.tokens[mask], "scored": self.scored[mask], "lengths": lengths, "weights": self.weights}
+        if self.scores is not None:
+            arrays["scores"] = np.ascontiguousarray(self.scores[:, :count])
+        if self.labels is not None:
+            arrays["labels"] = self.labels
         digests = {name: array_digest(array) for name, array in arrays.items()}
         return dataclasses.replace(self, **arrays, starts=starts, digest=digest(digests))
 
@@ -116,6 +158,23 @@ def response_names(responses: int) -> tuple[str, ...]:
     )
 
 
+def source_names(addresses: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Short names of sources, no two alike: `pairs` of data/pairs.jsonl.gz, `hh-rlhf-test` of its split.
+
+    Args:
+        addresses: Path and split of each.
+    """
+    names: list[str] = []
+    for path, split in addresses:
+        parts = [re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", part) for part in path.rstrip("/").split("/")]
+        ending = f"-{split}" if split else ""
+        # As many folders as make it one of its own.
+        choices = ["-".join(parts[-count:]) + ending for count in range(1, len(parts) + 1)]
+        choices += [f"{choices[0]}-{number}" for number in range(2, len(addresses) + 2)]
+        names.append(next(name for name in choices if name and name not in names))
+    return names
+
+
 def array_digest(array: np.ndarray) -> str:
     """SHA-256 of an array: its type, its shape and its bytes."""
     content = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
@@ -125,9 +184,54 @@ def array_digest(array: np.ndarray) -> str:
 
 def digest(digests: Mapping[str, str]) -> str:
     """The digest of a data set from those of its arrays."""
-    return hashlib.sha256(
-        "".join(digests[name] for name in ("tokens", "scored", "lengths", "weights")).encode()
-    ).hexdigest()
+    text = "".join(digests[name] for name in ARRAYS)
+    text += "".join(f" {name} {digests[name]}" for name in COLUMNS if name in digests)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def concatenate(parts: Mapping[str, TokenizedData]) -> TokenizedData:
+    """Several sources as one data set, one behind the other.
+
+    Args:
+        parts: By the name of their source.
+
+    Raises:
+        UserError: If they have not the same number of responses.
+    """
+    names, data = tuple(parts), list(parts.values())
+    if len(data) == 1:
+        return dataclasses.replace(data[0], source_names=names)
+    counts = {name: part.lengths.shape[1] - 1 for name, part in parts.items()}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        raise UserError(f"sources that are mixed need equally many responses an example, but there are {found}")
+    arrays = {name: np.concatenate([getattr(part, name) for part in data]) for name in ARRAYS}
+    sizes = [len(part.weights) for part in data]
+    for name in COLUMNS:
+        columns = [getattr(part, name) for part in data]
+        if any(column is not None for column in columns):
+            arrays[name] = np.concatenate(
+                [_or_absent(column, name, part) for column, part in zip(columns, data, strict=True)]
+            )
+    return TokenizedData(
+        **arrays,
+        starts=np.concatenate([[0], np.cumsum(arrays["lengths"].sum(axis=1, dtype=np.int64))]),
+        ids=Ids.joined({name: part.ids for name, part in parts.items()}),
+        counters={name: sum(part.counters.get(name, 0) for part in data) for part in data for name in part.counters},
+        notices=[f"{name}: {notice}" for name, part in parts.items() for notice in part.notices],
+        digest=hashlib.sha256(" ".join(part.digest for part in data).encode()).hexdigest(),
+        source_names=names,
+        sources=np.repeat(np.arange(len(data), dtype=np.int16), sizes),
+    )
+
+
+def _or_absent(column: np.ndarray | None, name: str, data: TokenizedData) -> np.ndarray:
+    """A column, or what stands where a data set has none."""
+    if column is not None:
+        return column
+    if name == "labels":
+        return np.full(len(data.weights), UNLABELLED, np.int8)
+    return np.full((len(data.weights), data.lengths.shape[1] - 1), np.nan, np.float32)
 
 
 def summary(counters: Mapping[str, int]) -> list[str]:

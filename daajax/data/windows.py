@@ -1,6 +1,7 @@
 """Windows: which examples each update consumes, in which place."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -43,11 +44,16 @@ def training_windows(
     updates: int,
     shuffle: bool,
     seed: int,
+    sources: Sequence[Int[np.ndarray, " _"]] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Int[np.ndarray, "updates batch_size"]:
     """Which examples each update consumes; update t does not depend on how many updates follow.
 
     Epoch permutations follow one another and are cut into windows, so a window may hold the end of one epoch and the
     beginning of the next. Shuffled windows are balanced within each epoch, by swaps; unshuffled ones follow file order.
+
+    With `shares` each source has permutations of its own, which follow one another while the sources take turns. An
+    epoch is still as many draws as there are examples in all: a small source with a large share is drawn repeatedly.
 
     Args:
         sizes: What each example needs.
@@ -55,6 +61,8 @@ def training_windows(
         updates: Updates wanted.
         shuffle: False keeps file order.
         seed: With the data it fixes the order.
+        sources: The examples of each source. None: all are of one.
+        shares: Of each source in what is drawn, > 0, in any unit. None: each example once an epoch.
 
     Raises:
         UserError: If there are fewer examples than one update needs.
@@ -65,17 +73,46 @@ def training_windows(
         raise UserError(
             f"data has {examples} usable examples but batch_size is {batch_size}; lower batch_size or add data."
         )
+    if sources is None or shares is None:
+        sources, shares = [np.arange(examples)], [1.0]
     needed = updates * batch_size
-    stream = np.empty(needed, np.int64)
-    for epoch in range(math.ceil(needed / examples)):
-        start = epoch * examples
-        if not shuffle:
-            order = np.arange(examples)
-        else:
-            order = np.random.default_rng([seed, epoch]).permutation(examples)
-            order = _balance(order, measures, first_cut=-start % batch_size, batch_size=batch_size)
-        stream[start : start + examples] = order[: max(0, needed - start)]
-    return stream.reshape(updates, batch_size)
+    stream = np.empty(math.ceil(needed / examples) * examples, np.int64)  # whole epochs
+    turns = take_turns(shares, len(stream))
+    for source, members in enumerate(sources):
+        places = np.flatnonzero(turns == source)
+        for walk, start in enumerate(range(0, len(places), len(members))):
+            order = np.arange(len(members))
+            if shuffle:
+                order = np.random.default_rng([seed, walk, source]).permutation(len(members))
+            here = places[start : start + len(members)]
+            stream[here] = members[order[: len(here)]]
+    if shuffle:
+        for start in range(0, len(stream), examples):
+            epoch = slice(start, start + examples)
+            stream[epoch] = _balance(stream[epoch], measures, first_cut=-start % batch_size, batch_size=batch_size)
+    return stream[:needed].reshape(updates, batch_size)
+
+
+def take_turns(shares: Sequence[float], draws: int) -> Int[np.ndarray, " draws"]:
+    """Which source each draw is from, so that every beginning holds them by their shares.
+
+    Draw i of a source is due at (i + 1/2) / share. Of S sources whose shares sum to 1, the one with share s has had
+    s · n draws of the first n, up to (1 + s · S) / 2 more or less.
+
+    Args:
+        shares: > 0, in any unit.
+        draws: How many; those before do not depend on it.
+    """
+    parts = np.asarray(shares, np.float64) / np.sum(shares)
+    counts = np.ceil(parts * (draws + len(parts))).astype(np.int64) + 1  # no source has more of the first draws
+    due = np.concatenate([(np.arange(count) + 0.5) / part for count, part in zip(counts, parts, strict=True)])
+    return np.repeat(np.arange(len(parts)), counts)[np.argsort(due, kind="stable")[:draws]]
+
+
+def epochs_of(windows: Int[np.ndarray, "updates batch_size"], sources: Sequence[Int[np.ndarray, " _"]]) -> list[float]:
+    """How often each source is gone through, on the average of its examples."""
+    drawn = np.bincount(windows.ravel(), minlength=sum(map(len, sources)))
+    return [float(drawn[members].mean()) for members in sources]
 
 
 def sweep_windows(
@@ -113,7 +150,7 @@ def _balance(
     inside = np.arange(batch_size) < counts[:, None]
     bins[inside] = order
     padded = np.concatenate([measures, np.zeros((1, measures.shape[1]))])
-    targets = counts[:, None] * measures.mean(axis=0)
+    targets = counts[:, None] * measures[order].mean(axis=0)
     bins = even_out(
         bins, padded, targets, group=np.zeros(len(bins), np.int64), within=BALANCED_WITHIN / 10, movable=inside
     )

@@ -248,7 +248,7 @@ def test_a_full_disk_is_a_clear_error(run, monkeypatch):
 
 def test_a_cache_folder_that_cannot_be_made_is_refused_before_the_work(run, monkeypatch):
     run.cache.write_text("a file is in its place")
-    monkeypatch.setattr(token_cache, "read", None)
+    monkeypatch.setattr(token_cache, "tokenize", None)
     with pytest.raises(UserError, match=r"^data\.cache_dir="):
         run()
 
