@@ -270,20 +270,18 @@ def _from_the_hub(address: Address) -> Source:
     return _in_files(address, files, arrow_rows)
 
 
-def _prepared_rows(data: Sequence[dict[str, Any]], address: Address, split: str) -> Rows:
-    """The rows of a split that TFDS prepared, in the order of its files."""
-    folder = Path(address.path)
-    for place in range(len(data)):
-        try:
-            row = data[place]
-        except Exception as error:  # it raises nearly anything
-            raise address.refused(
-                f"cannot be read at row {place + 1} ({_one_line(error)}); prepare it again"
-            ) from error
-        try:
-            yield f"{folder}/{split}:{place + 1}", {name: _plain(value) for name, value in row.items()}
-        except UnicodeDecodeError as error:
-            yield f"{folder}/{split}:{place + 1}", BadRow(f"not UTF-8 at byte {error.start} of a text")
+def _prepared_rows(data: Any, address: Address, split: str) -> Rows:
+    """The rows of a split that TFDS prepared, in the order of its files; `data` is its data source."""
+    place = 0
+    try:
+        for place in range(len(data)):
+            try:
+                row: Row = {name: _plain(value) for name, value in data[place].items()}
+            except UnicodeDecodeError as error:
+                row = BadRow(f"not UTF-8 at byte {error.start} of a text")
+            yield f"{Path(address.path)}/{split}:{place + 1}", row
+    except Exception as error:  # it raises nearly anything
+        raise address.refused(f"cannot be read at row {place + 1} ({_one_line(error)}); prepare it again") from error
 
 
 def _plain(value: Any) -> Any:

@@ -74,7 +74,7 @@ def tfds(
     """Prepared by TFDS without TensorFlow, with the splits train and test."""
     import tensorflow_datasets
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     texts = {name: tensorflow_datasets.features.Text() for name in rows[0]}
 
     class Pairs(tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True):
