@@ -15,6 +15,7 @@ from daajax.data.token_cache import ARRAYS, load, tokenized
 from daajax.data.tokenization import tokenize
 from daajax.data.tokenizer import load_tokenizer
 from daajax.errors import UserError
+from tests.data import sets
 
 ROWS = [{"prompt": "ab", "chosen": "c" * n, "rejected": "de", "weight": n, "id": f"row/{n}"} for n in range(1, 30)]
 CHAT = {"prompt": [{"role": "user", "content": "ab"}], "chosen": "c", "rejected": "d"}
@@ -40,7 +41,7 @@ def run(tmp_path):
 
     def front_door(**overrides):
         options = {"path": path, "tokenizer_path": folder, "max_length": 20, "cache_dir": tmp_path / "cache"}
-        return tokenized("jsonl", **options | overrides)
+        return tokenized(**{"name": "jsonl"} | options | overrides)
 
     front_door.path, front_door.tokenizer, front_door.cache = path, folder, tmp_path / "cache"
     return front_door
@@ -130,6 +131,71 @@ def test_another_byte_of_data_or_tokenizer_misses(run):
     assert not hit(run())
     (run.tokenizer / "special_tokens_map.json").write_text("{}")
     assert not hit(run())
+
+
+@pytest.mark.parametrize("kind", sets.KINDS)
+def test_every_kind_of_data_set_is_cached_by_its_content(run, tmp_path, kind):
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS]
+    name, path, *flags = sets.KINDS[kind](tmp_path / "data", rows)
+    split = flags[0].split("=")[1] if flags else None
+    first = run(name=name, path=path, split=split)
+    assert not hit(first)
+    again = run(name=name, path=path, split=split)
+    assert hit(again)
+    assert_same(first, again)
+    root = path if path.is_dir() else path.parent
+    root.rename(tmp_path / "moved")
+    path = tmp_path / "moved" if path == root else tmp_path / "moved" / path.name
+    moved = run(name=name, path=path, split=split)
+    assert hit(moved)
+    assert list(moved.ids) == list(first.ids)
+    shutil.rmtree(tmp_path / "moved")
+    changed = [rows[0] | {"chosen": "zz"}, *rows[1:]]
+    _, path, *_ = sets.KINDS[kind](tmp_path / "data", changed)
+    assert not hit(run(name=name, path=path, split=split))
+
+
+def test_a_changed_name_a_file_more_or_another_split_misses(run, tmp_path):
+    name, path, *_ = sets.jsonl_gz(tmp_path / "data", ROWS)
+    run(name=name, path=path)
+    (path / "pairs-0.jsonl.gz").rename(path / "pairs-00.jsonl.gz")  # rows without an id are called by it
+    assert not hit(run(name=name, path=path))
+    shutil.copy(path / "pairs-1.jsonl.gz", path / "pairs-2.jsonl.gz")
+    more = run(name=name, path=path)
+    assert not hit(more)
+    assert len(more.ids) == 29 + 15
+    (path / "notes.txt").write_text("not data")
+    assert hit(run(name=name, path=path))
+    name, path, *_ = sets.parquet_folder(tmp_path / "halves", ROWS, splits={"train": 14, "test": 15})
+    assert len(run(name=name, path=path, split="train").ids) == 14
+    other = run(name=name, path=path, split="test")
+    assert not hit(other)
+    assert len(other.ids) == 15
+
+
+@pytest.mark.parametrize("column", [{"scores": [1, 2]}, {"label": True}, {}])
+def test_columns_that_only_some_data_have_survive_the_cache(run, column):
+    responses = {"responses": ["c", "d"]} if "scores" in column else {"completion": "c"}
+    rows = [{"prompt": "ab"} | responses | column, {"prompt": "b"} | responses]
+    run.path.write_text("\n".join(map(json.dumps, rows)))
+    first, second = run(), run()
+    assert hit(second)
+    assert (second.scores is not None, second.labels is not None) == ("scores" in column, "label" in column)
+    for left, right in ((first.scores, second.scores), (first.labels, second.labels)):
+        assert (left is None) == (right is None)
+        if left is not None:
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+    assert first.digest == second.digest
+
+
+def test_a_damaged_column_is_made_again(run):
+    run.path.write_text(json.dumps({"prompt": "ab", "completion": "c", "label": True}))
+    first = run()
+    damage(entry_of(run) / "labels.npy", 6)
+    again = run()
+    assert "is damaged" in again.notices[-2]
+    np.testing.assert_array_equal(first.labels, again.labels)
 
 
 def test_a_template_file_counts_by_its_content(run, tmp_path):

@@ -1,8 +1,10 @@
+import time
+
 import numpy as np
 import pytest
 
 from daajax.data.sizes import Sizes
-from daajax.data.windows import describe, sweep_windows, training_windows, updates_of
+from daajax.data.windows import describe, epochs_of, sweep_windows, take_turns, training_windows, updates_of
 from daajax.errors import UserError
 from tests.data.test_batches import random_examples, tokenized_data
 
@@ -70,6 +72,116 @@ def test_windows_agree_in_tokens_within_one_percent(examples, batch_size, data_s
 def test_unshuffled_windows_follow_the_file_round_and_round():
     windows = windows_of(101, updates=40, shuffle=False)
     np.testing.assert_array_equal(windows.reshape(-1), np.arange(320) % 101)
+
+
+# ---------------------------------------------------------------------- several sources
+
+
+def mixed(counts=(70, 21, 10), shares=(0.5, 0.2, 0.3), *, batch_size=8, updates=40, shuffle=True, seed=3):
+    """Windows of a mixture, and the examples of each source."""
+    sizes = random_sizes(sum(counts))
+    sources = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+    windows = training_windows(
+        sizes, batch_size=batch_size, updates=updates, shuffle=shuffle, seed=seed, sources=sources, shares=shares
+    )
+    return windows, sources
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.5), (3.0, 1.0), (0.01, 0.99), (5.0, 3.0, 1.0, 1.0), (1.0,) * 7])
+def test_turns_keep_the_shares_at_every_beginning(shares):
+    draws = take_turns(shares, 1000)
+    parts = np.array(shares) / sum(shares)
+    taken = np.cumsum(draws[:, None] == np.arange(len(shares)), axis=0)
+    apart = np.abs(taken - np.arange(1, 1001)[:, None] * parts)
+    # round(s · T) differs from s · T by at most 1/2, and the T at which n were drawn from n by at most S/2.
+    assert (apart <= (1 + parts * len(shares)) / 2 + 1e-9).all()
+    np.testing.assert_array_equal(take_turns(shares, 77), draws[:77])
+    np.testing.assert_array_equal(take_turns([8 * share for share in shares], 1000), draws)
+
+
+def test_two_equal_sources_alternate():
+    assert take_turns([1.0, 1.0], 6).tolist() == [0, 1, 0, 1, 0, 1]
+    # Due at 2/3, 2, 10/3, … and at 2: the first source comes first.
+    assert take_turns([3.0, 1.0], 8).tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("updates", [1, 12, 13, 26, 39])
+def test_more_updates_do_not_change_earlier_ones_of_a_mixture(shuffle, updates):
+    np.testing.assert_array_equal(mixed(updates=updates, shuffle=shuffle)[0], mixed(shuffle=shuffle)[0][:updates])
+
+
+def test_unshuffled_each_source_of_a_mixture_follows_its_file_round_and_round():
+    windows, sources = mixed(shuffle=False)
+    stream = windows.ravel()
+    for members, share in zip(sources, (0.5, 0.2, 0.3), strict=True):
+        drawn = stream[np.isin(stream, members)]
+        np.testing.assert_array_equal(drawn, members[np.arange(len(drawn)) % len(members)])
+        assert abs(len(drawn) - share * 320) <= 1.25
+
+
+def test_an_epoch_of_a_mixture_is_as_many_draws_as_there_are_examples_in_the_shares_asked_for():
+    windows, sources = mixed(updates=101)  # 808 draws: 8 epochs of 101
+    stream = windows.ravel()
+    for start in range(0, 808, 101):
+        epoch = stream[start : start + 101]
+        for members, share in zip(sources, (0.5, 0.2, 0.3), strict=True):
+            assert abs(np.isin(epoch, members).sum() - share * 101) <= 2.5  # 1.25 at either end
+
+
+def test_a_source_of_a_mixture_is_drawn_whole_before_any_example_of_it_comes_again():
+    windows, sources = mixed(updates=101)
+    for members, share in zip(sources, (0.5, 0.2, 0.3), strict=True):
+        times = np.bincount(windows.ravel(), minlength=101)[members]
+        assert times.max() - times.min() <= 1
+        assert abs(times.mean() - share * 808 / len(members)) < 0.15
+    assert epochs_of(windows, sources) == pytest.approx([404 / 70, 161.6 / 21, 242.4 / 10], abs=0.15)
+
+
+def test_the_walks_of_a_source_of_a_mixture_differ_from_another_and_between_seeds():
+    windows, (_, _, small) = mixed(updates=101)
+    drawn = windows.ravel()[np.isin(windows.ravel(), small)]
+    assert (drawn[:10] != drawn[10:20]).any()
+    assert (windows != mixed(updates=101, seed=4)[0]).mean() > 0.8
+
+
+def test_one_source_with_a_share_is_drawn_as_one_without():
+    windows, _ = mixed((101,), (2.5,))
+    np.testing.assert_array_equal(windows, windows_of(101))
+
+
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_windows_of_a_mixture_agree_in_tokens_within_one_percent(batch_size):
+    counts = (1200, 400, 64)
+    updates = 3 * sum(counts) // batch_size
+    windows, _ = mixed(counts, (0.2, 0.5, 0.3), batch_size=batch_size, updates=updates)
+    # Each epoch's windows aim at its own mean; the examples drawn in it differ a little from those of another.
+    totals = random_sizes(sum(counts)).tokens[windows].sum(axis=1)
+    for epoch in np.array_split(totals[: updates // 3 * 3], 3):
+        assert epoch[1:-1].max() / epoch[1:-1].min() <= 1.01
+
+
+def test_windows_of_a_mixture_do_not_depend_on_the_layout():
+    data = tokenized_data(random_examples(40, responses=2, seed=5))
+    orders = []
+    for prefix_sharing in (True, False):
+        sizes = Sizes.of(data, prefix_sharing=prefix_sharing)
+        sources = [np.arange(30), np.arange(30, 40)]
+        options = dict(batch_size=8, updates=10, shuffle=True, seed=0, sources=sources, shares=[0.4, 0.6])
+        orders.append(training_windows(sizes, **options).tolist())
+    assert orders[0] == orders[1]
+
+
+def test_a_million_examples_of_three_sources_are_ordered_in_seconds():
+    sizes = random_sizes(1_000_000)
+    sources = np.split(np.arange(1_000_000), [700_000, 999_000])
+    start = time.perf_counter()
+    options = dict(batch_size=512, updates=1953, shuffle=True, seed=0)
+    training_windows(sizes, **options)
+    alone = time.perf_counter() - start
+    start = time.perf_counter()
+    training_windows(sizes, **options, sources=sources, shares=[0.5, 0.4, 0.1])
+    assert time.perf_counter() - start < 5 * alone + 5
 
 
 @pytest.mark.parametrize("responses", [1, 2, 3])
