@@ -94,7 +94,11 @@ class Evaluation:
 
     def _groups(self) -> list[tuple[str, Bool[np.ndarray, " examples"]]]:
         """Prefix of the metrics' names, and which examples they are of."""
-        return [("eval", np.ones(len(self._data.weights), bool))]
+        everywhere = np.arange(len(self._data.weights))
+        groups = [("eval", np.ones(len(everywhere), bool))]
+        if len(by_source := self._data.by_source()) > 1:
+            groups += [(f"eval/{name}", np.isin(everywhere, members)) for name, members in by_source.items()]
+        return groups
 
 
 def _report(

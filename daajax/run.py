@@ -268,7 +268,7 @@ class Reference:
         is_initial_policy: Whether the reference's weights are those.
     """
 
-    columns: list[Float[np.ndarray, " total"]]
+    columns: list[Float[np.ndarray, " _"]]
     policy: str
     is_initial_policy: bool
 

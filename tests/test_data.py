@@ -1,5 +1,7 @@
 """From a user's own data to a model directory: every source, every form of a row, mixtures, held-out data."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -159,7 +161,7 @@ def test_sources_that_differ_in_responses_are_refused_by_name(world, tmp_path):
     rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
     path = worlds.write_rows(tmp_path / "single.jsonl", rows)
     extra = f"--config.data.extra=({{'name':'jsonl','path':'{path}'}},)"
-    with pytest.raises(UserError, match="compares 2 responses but the data .single. have 1"):
+    with pytest.raises(UserError, match=r"compares 2 responses but the data \(single\) have 1"):
         load(*world.flags, extra)
     assert load(*world.flags, extra, *SFT).lengths.shape == (24 + 16, 2)  # the first of each is read
 
@@ -222,6 +224,24 @@ def test_held_out_data_are_read_by_the_options_of_their_own(world, tmp_path, cap
     flags = [flag for flag in flags if "split" not in flag]
     with pytest.raises(UserError, match=r"^eval_data\.path=.*choose one with eval_data\.split"):
         load(*flags, part="eval_data")
+
+
+def test_held_out_sources_are_evaluated_together_and_each_by_itself(world, tmp_path):
+    """The loss over all examples is the mean of the sources' losses, by their numbers of examples."""
+    ours = worlds.write_rows(tmp_path / "ours.jsonl", worlds.pairs(5, seed=7))
+    theirs = worlds.write_rows(tmp_path / "theirs.jsonl", worlds.pairs(3, seed=8))
+    extra = f"({{'name':'jsonl','path':'{theirs}'}},)"
+    flags = [*world.flags, *mixture(tmp_path, weights=(1.0, 1.0)), f"--config.eval_data.path={ours}"]
+    flags += [f"--config.eval_data.extra={extra}", "--config.steps=2", "--config.eval.every=2"]
+    flags += [f"--config.eval_data.cache_dir={tmp_path / 'tokens'}"]
+    found = worlds.train(tmp_path / "run", *flags)[-1]
+    for name in ("loss", "rewards/accuracies", "rewards/margins"):
+        both = (5 * found[f"eval/ours/{name}"] + 3 * found[f"eval/theirs/{name}"]) / 8
+        assert found[f"eval/{name}"] == pytest.approx(both, rel=1e-5, abs=1e-6)
+    done = worlds.command("evaluate", f"--workdir={tmp_path / 'run'}", JAX_NUM_CPU_DEVICES="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (again,) = map(json.loads, (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines())
+    assert again["eval/theirs/loss"] == pytest.approx(found["eval/theirs/loss"], rel=1e-5)
 
 
 def test_held_out_data_that_cannot_be_kept_are_called_by_their_key(world, tmp_path):
