@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,23 +68,14 @@ class Checkpoints:
     def __init__(self, where: pathlib.Path, *, keep: int = 1, best: str | None = None):
         self.where, self.best = where / _FOLDER, best
         self._aside = where / _ASIDE
-        preserve: list[Any] = [policies.LatestN(keep)]
-        if best is not None:
-            name, worst = best, math.inf if BEST[best] else -math.inf
-            preserve.append(
-                policies.BestN(
-                    get_metric_fn=lambda found: found.get(name, worst),
-                    reverse=BEST[best],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         self._options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(1),  # whoever calls `save` has decided
-            preservation_policy=policies.AnyPreservationPolicy(preserve),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._best_of)]),
             cleanup_tmp_directories=True,
         )
-        self._opened: ocp.CheckpointManager | None = None
+        self._opened: ocp.CheckpointManager | None = None  # only to save: it removes what it takes for left behind
+        self._records: dict[int, Record] = {}  # of what was saved since
+        self._in_background: int | None = None  # update whose save is not known to have ended well
         self._failures = 0
 
     @property
@@ -111,14 +102,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The update whose checkpoint is best by the metric chosen; None if none was evaluated."""
-        found = {}
-        if self.best is None:
-            return None
-        for step in self.steps:
-            with contextlib.suppress(DamagedError):
-                found[step] = self.record(step).metrics.get(self.best, math.nan)
-        sound = {step: value for step, value in found.items() if math.isfinite(value)}
-        return (min if BEST[self.best] else max)(sound, key=sound.__getitem__, default=None)
+        return self._best_of(self.steps)
 
     def save(self, step: int, state: TrainState, record: Record, *, wait: bool = False) -> None:
         """Begins to save a state, which goes to disk in the background.
@@ -134,25 +118,26 @@ class Checkpoints:
         Raises:
             UserError: If `FAILURES` saves in a row have failed.
         """
-        record = dataclasses.replace(record, leaves=_leaves(state))
+        self._settle()  # else its failure would be taken for this one's
+        self._records[step] = record = dataclasses.replace(record, leaves=_leaves(state))
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
             record=ocp.args.JsonSave({"content": _json(record), "sha256": _sha256(_json(record))}),
         )
-
-        def act() -> None:
-            self._manager.save(step, args=items, metrics=dict(record.metrics) or None)
-            if wait:
-                self._manager.wait_until_finished()
-
-        # An earlier save that failed in the background is only heard of now, in place of this one: hence twice.
-        for _ in range(2):
-            if self._is_done(step, act):
-                return
+        with self._going_on(step):
+            self._manager.save(step, args=items)
+            self._in_background = step
+        if wait:
+            self._settle()
 
     def close(self) -> None:
-        """Ends background work."""
+        """Ends background work.
+
+        Raises:
+            UserError: As `save`.
+        """
+        self._settle()
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -226,7 +211,7 @@ class Checkpoints:
     ) -> tuple[int, TrainState]:
         """The latest checkpoint that is sound, of those that there are: its update and its state.
 
-        Damaged ones are moved out of the way, never removed.
+        Damaged ones that are later than it are moved out of the way, never removed.
 
         Args:
             abstract: See `restore`.
@@ -235,21 +220,24 @@ class Checkpoints:
         Raises:
             UserError: If all of them are damaged.
         """
-        damaged = []
+        damaged: dict[int, DamagedError] = {}
         for step in reversed(self.steps):
             try:
-                return step, self.restore(step, abstract, fresh)
+                state = self.restore(step, abstract, fresh)
             except DamagedError as reason:
-                self.close()
-                aside = self._aside / str(step)
+                damaged[step] = reason
+                continue
+            for bad, reason in damaged.items():
+                aside = self._aside / str(bad)
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.parent.mkdir(exist_ok=True)
-                (self.where / str(step)).rename(aside)
-                say(f"checkpoint of update {step} is damaged ({reason}): set aside as {aside}")
-                damaged.append(str(step))
+                (self.where / str(bad)).rename(aside)
+                say(f"checkpoint of update {bad} is damaged ({reason}): set aside as {aside}")
+            return step, state
+        # All stay where they are: without them the same command would begin from update 1.
+        reasons = "; ".join(f"update {step} ({reason})" for step, reason in damaged.items())
         raise UserError(
-            f"every checkpoint is damaged (updates {', '.join(damaged)}; now in {self._aside}); name another --workdir "
-            "to begin again."
+            f"every checkpoint in {self.where} is damaged: {reasons}; name another --workdir to begin again."
         )
 
     @property
@@ -258,33 +246,65 @@ class Checkpoints:
             self._opened = ocp.CheckpointManager(self.where.absolute(), options=self._options)
         return self._opened
 
-    def _is_done(self, step: int, act: Callable[[], None]) -> bool:
-        """Whether saving went well; if not, what it left behind is removed."""
+    def _settle(self) -> None:
+        """Waits for the save in the background."""
+        if self._in_background is not None:
+            step, self._in_background = self._in_background, None
+            with self._going_on(step):
+                self._manager.wait_until_finished()
+                self._failures = 0
+
+    @contextlib.contextmanager
+    def _going_on(self, step: int) -> Iterator[None]:
+        """Lets a save fail, up to `FAILURES` times in a row, and removes what it left behind."""
         try:
-            act()
+            yield
         except Exception as error:  # Orbax and TensorStore raise whatever the file system makes of it
             self._failures += 1
+            manager, self._opened = self._opened, None
             with contextlib.suppress(Exception):
-                self.close()
-            self._opened = None
+                if manager is not None:
+                    manager.close()
             for left in self.where.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-            line = f"the checkpoint of update {step}, or the one before, could not be saved ({_one_line(error)})"
+            line = f"the checkpoint of update {step} could not be saved ({_one_line(error)})"
             if self._failures >= FAILURES:
                 raise UserError(
                     f"{line}: {self._failures} times in a row; make room or make {self.where} writable, then start the "
                     "same command again."
                 ) from None
-            say(f"{line}; the run goes on and tries again")
-            return False
-        self._failures = 0
-        return True
+            say(f"{line}; the run goes on")
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        """The best of these updates; None if there is no finite metric of any."""
+        if self.best is None:
+            return None
+        found = {}
+        for step in steps:
+            with contextlib.suppress(DamagedError):
+                found[step] = (self._records.get(step) or self.record(step)).metrics.get(self.best, math.nan)
+        finite = {step: value for step, value in found.items() if math.isfinite(value)}
+        return (min if BEST[self.best] else max)(finite, key=finite.__getitem__, default=None)
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                return reader.restore((self.where / str(step)).absolute(), args=ocp.args.Composite(**items))
         except Exception as error:  # a page of TensorStore's text, of many kinds
             raise DamagedError(_one_line(error)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """Orbax's policy that keeps the best checkpoint; its own one would rank NaN, and read files without a digest."""
+
+    best_of: Callable[[Sequence[int]], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which of these to keep."""
+        del context
+        best = self.best_of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 def check_origin(before: Record, now: Record, *, forced: bool) -> None:
