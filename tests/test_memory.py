@@ -1,0 +1,116 @@
+"""Memory: what is free is read where the system says it, and what will not fit is refused before it runs."""
+
+import types
+
+import jax
+import pytest
+
+from daajax import memory
+from daajax.errors import UserError
+from tests import worlds
+
+GIB = 2**30
+MEMINFO = ["MemTotal:       32768000 kB", "MemFree:         1000000 kB", "MemAvailable:    2097152 kB", "Buffers: 7 kB"]
+STAT = ["anon 5", "inactive_file 1073741824", "active_file 77", "inactive_file_not 3"]
+
+
+@pytest.fixture
+def system(monkeypatch):
+    """A system whose files are those given."""
+
+    def pretend(**files):
+        monkeypatch.setattr(memory, "_lines", lambda path: files.get(path.rpartition("/")[2].replace(".", "_"), []))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"meminfo": MEMINFO}, 2 * GIB),
+        ({"meminfo": MEMINFO, "memory_max": ["max"], "memory_current": ["5"]}, 2 * GIB),
+        ({"meminfo": MEMINFO, "memory_max": [str(3 * GIB)], "memory_current": [str(2 * GIB)]}, 1 * GIB),
+        # Pages of files that were read once can be dropped at any time.
+        (
+            {
+                "meminfo": MEMINFO,
+                "memory_max": [str(3 * GIB)],
+                "memory_current": [str(5 * GIB // 2)],
+                "memory_stat": STAT,
+            },
+            3 * GIB // 2,
+        ),
+        ({"meminfo": MEMINFO, "memory_max": [str(99 * GIB)], "memory_current": ["0"]}, 2 * GIB),
+        ({"memory_max": [str(3 * GIB)], "memory_current": [str(GIB)]}, 2 * GIB),
+        ({"meminfo": MEMINFO, "memory_max": [str(3 * GIB)]}, 2 * GIB),
+        ({"meminfo": MEMINFO[:2]}, None),
+        ({}, None),
+    ],
+)
+def test_what_is_free_is_the_least_that_the_system_says(system, files, expected):
+    system(**files)
+    assert memory.available() == expected
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path):
+    assert memory._lines(str(tmp_path / "nope")) == []
+    (tmp_path / "some").write_text("a\nb\n")
+    assert memory._lines(str(tmp_path / "some")) == ["a", "b"]
+
+
+def test_this_machine_says_what_is_free():
+    assert memory.available() > 0
+
+
+@pytest.mark.parametrize(("stats", "expected"), [(None, None), ({}, None), ({"bytes_limit": 9, "bytes_in_use": 2}, 7)])
+def test_an_accelerator_is_asked_itself(monkeypatch, stats, expected):
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert memory.available() == expected
+
+
+def program(temp, output=0, alias=0):
+    analysis = types.SimpleNamespace(temp_size_in_bytes=temp, output_size_in_bytes=output, alias_size_in_bytes=alias)
+    return types.SimpleNamespace(memory_analysis=lambda: analysis)
+
+
+def test_what_a_program_needs_is_what_is_not_there_yet(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [None])
+    monkeypatch.setattr(memory, "available", lambda: 4 * GIB)
+    # Outputs that take the place of arguments need nothing.
+    fits = program(temp=3 * GIB, output=2 * GIB, alias=GIB)
+    assert memory.check(fits, "the update") == "the update needs 4.00 GiB beside the state, 4.00 GiB are free"
+    with pytest.raises(
+        UserError, match=r"^the update needs 4\.00 GiB .* 4\.00 GiB are free; raise micro_batches"
+    ) as error:
+        memory.check(program(temp=3 * GIB, output=2 * GIB, alias=GIB - 1), "the update")
+    assert "\n" not in str(error.value)
+
+
+def test_devices_of_a_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 4 * GIB)
+    with pytest.raises(UserError, match=r"needs 8\.00 GiB"):
+        memory.check(program(temp=GIB), "the update")
+
+
+@pytest.mark.parametrize(("analysis", "free"), [(None, 1), (types.SimpleNamespace(temp_size_in_bytes=1), None)])
+def test_where_the_platform_does_not_say_nothing_is_refused(monkeypatch, analysis, free):
+    monkeypatch.setattr(memory, "available", lambda: free)
+    assert memory.check(types.SimpleNamespace(memory_analysis=lambda: analysis), "the update") == ""
+
+
+def test_a_run_that_would_not_fit_ends_before_its_first_update(tmp_path, monkeypatch):
+    world = worlds.make_world(tmp_path / "world")
+    monkeypatch.setattr(memory, "available", lambda: 1_000_000)
+    with pytest.raises(UserError, match=r"the update needs 0\.\d\d GiB .* free; raise micro_batches, .* max_length"):
+        worlds.train(tmp_path / "run", *world.flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_a_platform_that_does_not_say_prints_nothing_of_it(tmp_path, monkeypatch, capsys):
+    world = worlds.make_world(tmp_path / "world")
+    monkeypatch.setattr(memory, "available", lambda: None)
+    worlds.train(tmp_path / "run", *world.flags, "--config.steps=1")
+    said = capsys.readouterr().out
+    assert "memory:" not in said
+    assert " s\n" in said.partition("compiled the update in ")[2]
