@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import socket
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from daajax import files
 from daajax.config import Config
@@ -140,7 +140,7 @@ def read_config(where: pathlib.Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _lock(where: pathlib.Path) -> Iterator[None]:
     """Holds a folder's lock; the system lets go of it when the process ends, however it ends."""
-    with (where / _LOCK).open("a+", encoding="utf-8") as file:
+    with _opened(where / _LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -155,6 +155,15 @@ def _lock(where: pathlib.Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         file.flush()
         yield
+
+
+def _opened(lock: pathlib.Path) -> IO[str]:
+    try:
+        return lock.open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"{lock} cannot be written ({error.strerror}); make it writable, or name another folder."
+        ) from None
 
 
 def _is_among(name: str, options: tuple[str, ...]) -> bool:
@@ -175,7 +184,7 @@ def _stored(where: pathlib.Path) -> dict[str, Any]:
 
 def _lines(path: pathlib.Path) -> list[str]:
     """A file's whole lines; none if it is not there. A last line without an end was cut off."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
 
 
 def _step_of(line: str) -> float:

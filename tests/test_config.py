@@ -3,7 +3,7 @@
 import pytest
 
 from configs import base
-from daajax import command, config, folder, optimizer, run, sharding
+from daajax import command, config, optimizer, run, sharding
 from daajax.config import losses, resolve
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
@@ -318,53 +318,3 @@ def test_the_names_of_the_design_are_there():
     optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.weight_decay optimizer.b1 optimizer.b2
     optimizer.eps optimizer.max_grad_norm mesh.data mesh.fsdp mesh.tensor attention remat log.every check_first_loss"""
     assert set(promised.split()) <= set(LEAVES)
-
-
-# ---------------------------------------------------------------------- the folder's copy
-
-
-def test_differences_of_two_configs_are_named_option_by_option():
-    before = {"seed": 0, "loss": {"name": "dpo", "beta": 0.1}, "optimizer": {"learning_rate": 1e-6}}
-    now = {"seed": 0, "loss": {"name": "simpo", "gamma": 1.0}, "optimizer": {"learning_rate": 2e-6}}
-    assert list(folder.differences(before, now)) == [
-        ("loss.beta", "loss.beta was 0.1, is null"),
-        ("loss.gamma", "loss.gamma was null, is 1.0"),
-        ("loss.name", 'loss.name was "dpo", is "simpo"'),
-        ("optimizer.learning_rate", "optimizer.learning_rate was 1e-06, is 2e-06"),
-    ]
-    assert list(folder.differences(now, now)) == []
-
-
-def test_the_first_few_differences_to_a_folders_run_are_named(world, tmp_path):
-    begin(tmp_path, worlds.parse(*world.flags)[0])
-    changes = ["seed=1", "steps=6", "optimizer.learning_rate=2e-3", "batch_size=9", "max_length=99"]
-    with pytest.raises(UserError) as error:
-        folder.examine(tmp_path, worlds.parse(*world.flags, *(f"--config.{change}" for change in changes))[0])
-    assert str(error.value) == (
-        f"--workdir={tmp_path} holds a run of another config: batch_size was 8, is 9; max_length was 128, is 99; "
-        "optimizer.learning_rate was 0.001, is 0.002 and 1 more; name another folder, or go on all the same with "
-        "--config.resume=force."
-    )
-
-
-def begin(where, options):
-    with folder.at_work(where, options, updates=0):
-        pass
-
-
-def test_a_config_that_cannot_be_written_whole_is_not_there(world, tmp_path, monkeypatch):
-    options, _ = worlds.parse(*world.flags)
-
-    def full(path, text, **_):
-        with path.open("w") as file:
-            file.write(text[:9])
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_text", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            begin(tmp_path, options)
-    assert not (tmp_path / "config.json").exists()
-    assert folder.examine(tmp_path, options) == "new"
-    begin(tmp_path, options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json", "metrics.jsonl"]

@@ -23,10 +23,15 @@ def test_what_fails_leaves_what_was_there(tmp_path, before, written):
     path = tmp_path / "a"
     if before is not None:
         path.write_text(before)
-    with pytest.raises(KeyboardInterrupt), files.replacing(path) as scratch:
-        if written is not None:
-            scratch.write_text(written)
-        raise KeyboardInterrupt
+
+    def fail():
+        with files.replacing(path) as scratch:
+            if written is not None:
+                scratch.write_text(written)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"a": before} if before else {})
 
 
