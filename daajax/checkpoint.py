@@ -156,15 +156,14 @@ class Checkpoints:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedError(f"its record cannot be read: {_one_line(error)}") from None
 
-    def restore(
-        self, step: int, abstract: TrainState, fresh: Callable[[Params], TrainState] | None = None
-    ) -> TrainState:
+    def restore(self, step: int, abstract: TrainState, fresh: Callable[..., TrainState] | None = None) -> TrainState:
         """Reads a state onto the devices.
 
         Args:
             step: Which.
             abstract: Shapes, dtypes and shardings.
-            fresh: Makes a state of parameters alone, should the checkpoint be of another optimizer; None refuses it.
+            fresh: Called as `fresh(params, updates=…)`, makes a state of parameters alone, should the checkpoint be of
+                another optimizer; None refuses it.
 
         Raises:
             UserError: If it is the state of another model or optimizer.
@@ -184,7 +183,7 @@ class Checkpoints:
         state = TrainState(None, found["params"], found.get("optimizer", ()))
         _check_leaves(record, _leaves(state))
         if fresh is not None and "optimizer" not in items:
-            state = fresh(state.params)
+            return fresh(state.params, updates=step)
         return state._replace(step=jax.device_put(jnp.int32(step), abstract.step.sharding))
 
     def restore_params(self, step: int, abstract: Params) -> Params:
@@ -207,7 +206,7 @@ class Checkpoints:
         return params
 
     def restore_latest(
-        self, abstract: TrainState, fresh: Callable[[Params], TrainState] | None = None
+        self, abstract: TrainState, fresh: Callable[..., TrainState] | None = None
     ) -> tuple[int, TrainState]:
         """The latest checkpoint that is sound, of those that there are: its update and its state.
 

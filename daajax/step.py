@@ -46,10 +46,29 @@ def state_shardings(
     return TrainState(sharding.replicated(mesh), shardings, moments)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """The state before the first update; the optimizer's part is made where it lives, never whole on one device."""
-    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, moments)
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState, *, updates: int = 0
+) -> TrainState:
+    """The state with a new optimizer; its part is made where it lives, never whole on one device.
+
+    Args:
+        params: The parameters.
+        optimizer: Whose state is new.
+        shardings: Where every part lives.
+        updates: Done before, with another optimizer; the learning rate is that of the next one.
+    """
+
+    def init(params: Params) -> Any:
+        return optax.tree.set(optimizer.init(params), _counts_for_schedule, count=jnp.int32(updates))
+
+    moments = jax.jit(init, out_shardings=shardings.optimizer)(params)
+    return TrainState(jax.device_put(jnp.int32(updates), shardings.step), params, moments)
+
+
+def _counts_for_schedule(path: Any, value: Any) -> bool:
+    """Whether a leaf of optimizer state counts updates for the learning rate, not for the bias of an average."""
+    del value
+    return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
 
 def abstract_state(shapes: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

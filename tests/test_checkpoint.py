@@ -123,7 +123,9 @@ def test_the_state_of_another_model_or_optimizer_is_refused(saved, change, says)
 def test_another_optimizers_state_is_made_afresh_if_asked(saved, capsys):
     save(saved, 6)
     fresh = TrainState(jnp.int32(0), make_state(6).params, {"v": jnp.zeros(2)})
-    step, state = saved.restore_latest(abstract(fresh), lambda params: fresh._replace(params=params))
+    step, state = saved.restore_latest(
+        abstract(fresh), lambda params, updates: fresh._replace(step=jnp.int32(updates), params=params)
+    )
     assert step == 6
     assert same(state, fresh._replace(step=jnp.int32(6)))
     assert "the optimizer starts afresh" in capsys.readouterr().out
