@@ -122,7 +122,10 @@ def parse_at(argv: Sequence[str], name: str, options: Mapping[str, type]) -> tup
         raise UserError(f"daajax.{name} reads the config of the run in --workdir; give it --config.key=value alone.")
     stored = folder.read_config(pathlib.Path(workdir))
     config = base.get_config().unlock()
-    _fill(config, stored)
+    try:
+        _fill(config, stored)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--workdir={workdir}: its config does not fit this version: {_one_line(error)}") from None
     config, values = _overridden(config.lock(), argv, options)
     return config, workdir, values
 

@@ -144,8 +144,14 @@ def evaluate(config: Config, workdir: str, step: int | None = None) -> None:
     progress.close()
     for name, value in values.items():
         say(f"{name}: {value:.6g}")
-    with (where / _REPORT).open("a", encoding="utf-8") as report:
-        report.write(metrics.as_json({"step": step, "data": config.eval_data.path, **values}) + "\n")
+    line = metrics.as_json({"step": step, "data": config.eval_data.path, **values})
+    try:
+        with (where / _REPORT).open("a", encoding="utf-8") as report:
+            report.write(line + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{where / _REPORT} cannot be written ({error.strerror}); the metrics are printed above."
+        ) from None
     say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _REPORT}")
 
 
