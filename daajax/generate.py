@@ -4,12 +4,10 @@
 options. From a program, `daajax.generator.Generator` is what samples.
 """
 
-import collections
 import contextlib
 import dataclasses
 import errno
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -20,17 +18,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from daajax import checkpoint, command, files, run, sampling, sharding
+from daajax import checkpoint, command, files, prompts, run, sampling, sharding
 from daajax.console import say
-from daajax.data.bad_rows import BadRow
-from daajax.data.files import Address, json_rows
-from daajax.data.rows import Messages, parse
-from daajax.data.tokenization import Rendering, encode
-from daajax.data.tokenizer import chat_template, check_vocabulary, load_tokenizer, render
+from daajax.data.tokenizer import check_vocabulary, load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator, Samples, check_prompts
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
+from daajax.prompts import Prompt
 from daajax.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -58,7 +53,6 @@ USAGE = """usage: python -m daajax.generate --model=DIR --prompt=TEXT [--option=
   --mesh=fsdp=-1         devices on the axes data, fsdp, tensor, such as data=2,tensor=4; -1 takes the rest"""
 
 DTYPES = ("float32", "bfloat16")
-Prompt = str | Messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +114,12 @@ def generate(options: Options) -> None:
     mesh = sharding.make_mesh(parse_mesh(options.mesh))
     tokenizer = load_tokenizer(model.tokenizer)
     check_vocabulary(tokenizer, architecture.vocab_size)
-    prompts = read_prompts(options)
-    tokens = tokenize(prompts, tokenizer, options.chat_template, model.template)
+    asked = read_prompts(options)
+    if options.chat_template is not None and all(isinstance(prompt, str) for prompt in asked):
+        raise UserError("--chat_template was given but no prompt is chat; add --chat, or leave it out.")
+    tokens, notices = prompts.tokenize(asked, tokenizer, options.chat_template or model.template)
+    for notice in notices:
+        say(notice)
     check_prompts(tokens, architecture, options.max_tokens)
     stops = stop_ids(model.path, tokenizer)
     output = None if options.output is None else pathlib.Path(options.output)
@@ -138,7 +136,7 @@ def generate(options: Options) -> None:
     params = model.load(scorer, mesh)
     say(
         f"{model.name} in {model.dtype} on {jax.device_count()} {jax.devices()[0].device_kind}: {options.samples} "
-        f"response(s) to each of {len(prompts)} prompt(s), to the ids {stops} or {options.max_tokens} tokens"
+        f"response(s) to each of {len(asked)} prompt(s), to the ids {stops} or {options.max_tokens} tokens"
     )
     samples = Generator(scorer, mesh).generate(
         params,
@@ -152,7 +150,7 @@ def generate(options: Options) -> None:
         stop_ids=stops,
         batch_size=options.batch_size,
     )
-    rows = list(rows_of(prompts, tokens, samples, tokenizer))
+    rows = list(rows_of(asked, tokens, samples, tokenizer))
     if output is None:
         for row in rows:
             say(_readable(row))
@@ -226,98 +224,25 @@ def read_prompts(options: Options) -> list[Prompt]:
         raise UserError("--prompt and --prompts were both given; choose one.")
     if options.limit is not None and (options.prompts is None or options.limit < 1):
         raise UserError(f"--limit={options.limit}: an integer >= 1 is needed, together with --prompts.")
-    found: list[Prompt] = list(options.prompt)
-    if options.prompts is not None:
-        file = pathlib.Path(options.prompts)
-        if not file.is_file():
-            raise UserError(f"--prompts={file} is no file; a .jsonl or .jsonl.gz file is needed.")
-        rows = json_rows(file, Address(str(file)))
-        found = [_prompt_of(*entry) for entry in itertools.islice(rows, options.limit)]
-    if not found:
-        raise UserError(f"--prompts={options.prompts} holds no rows; at least one is needed.")
-    if options.chat:
-        found = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in found]
-    return found
-
-
-def _prompt_of(location: str, row: dict[str, Any] | BadRow) -> Prompt:
-    """A row's prompt."""
-    if isinstance(row, BadRow):
-        raise UserError(f"{location}: {row}; mend or remove the row.")
-    if row.get("prompt") is None:
-        raise UserError(f"{location}: no column `prompt`, there are {', '.join(row) or 'none'}.")
-    try:  # any response will do: it is the prompt that is checked
-        return parse({"prompt": row["prompt"], "response": "."}, location).prompt
-    except BadRow as reason:
-        raise UserError(f"{location}: {reason}; mend or remove the row.") from None
-
-
-def tokenize(
-    prompts: Sequence[Prompt],
-    tokenizer: "PreTrainedTokenizerFast",
-    template: str | None = None,
-    default: str | None = None,
-) -> list[list[int]]:
-    """Prompts as training sees them: text behind what the tokenizer puts there, chat as its template renders it.
-
-    Args:
-        prompts: Text or messages.
-        tokenizer: From `load_tokenizer`.
-        template: A Jinja file or its text; None: the default.
-        default: Likewise; None: the tokenizer's own template.
-
-    Raises:
-        UserError: If a prompt cannot be rendered, or the template has nothing to render.
-    """
-    chat = any(not isinstance(prompt, str) for prompt in prompts)
-    if template is not None and not chat:
-        raise UserError("--chat_template was given but no prompt is chat; add --chat, or leave it out.")
-    jinja, notices = chat_template(tokenizer, template or default) if chat else ("", [])
-    for notice in notices:
-        say(notice)
-    rendered = []
-    for index, prompt in enumerate(prompts, start=1):
-        try:
-            text = prompt if isinstance(prompt, str) else render(tokenizer, jinja, prompt, generation_prompt=True)
-        except BadRow as reason:
-            raise UserError(f"prompt {index}: {reason}.") from None
-        rendered.append(Rendering(text, (), chat=not isinstance(prompt, str)))
-    parts = encode(rendered, tokenizer, collections.Counter())
-    # As a whole text it was given an EOS, which a prompt does not have.
-    return [
-        part.tokens[: len(part) - (not rendering.chat)].tolist()
-        for part, rendering in zip(parts, rendered, strict=True)
-    ]
+    found = list(options.prompt) if options.prompts is None else prompts.read(options.prompts, options.limit)
+    return [[{"role": "user", "content": p}] if isinstance(p, str) and options.chat else p for p in found]
 
 
 def rows_of(
-    prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], samples: Samples, tokenizer: "PreTrainedTokenizerFast"
+    asked: Sequence[Prompt], tokens: Sequence[Sequence[int]], samples: Samples, tokenizer: "PreTrainedTokenizerFast"
 ) -> Iterator[dict[str, Any]]:
     """One row a sample: `prompt`, `sample`, `response`, `logp` in nats, `tokens`, and whether it is `finished`."""
-    for index, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+    for index, (prompt, ids) in enumerate(zip(asked, tokens, strict=True)):
         for sample, length in enumerate(samples.lengths[index].tolist()):
             written = samples.tokens[index, sample, :length].tolist()
             yield {
                 "prompt": prompt,
                 "sample": sample,
-                "response": text_after(ids, written, tokenizer),
+                "response": prompts.text_after(ids, written, tokenizer),
                 "logp": float(samples.logps[index, sample].sum(dtype="float64")),
                 "tokens": written,
                 "finished": bool(samples.finished[index, sample]),
             }
-
-
-def text_after(prompt: Sequence[int], response: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A response's text, without special tokens.
-
-    It is decoded behind its prompt, because a tokenizer may take the space from what comes first.
-    """
-    before, whole = (
-        str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for ids in (prompt, [*prompt, *response])
-    )
-    common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-    return whole[sum(1 for _ in common) :]
 
 
 def _readable(row: dict[str, Any]) -> str:
@@ -409,4 +334,4 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    command.end(lambda argv: generate(parse(argv)), USAGE)
+    command.end(lambda argv: generate(parse(argv)), USAGE, remedies="lower --batch_size or --max_tokens")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from daajax import generate as command
-from daajax import run, sharding
+from daajax import prompts, run, sharding
 from daajax.data.tokenizer import load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator
@@ -37,8 +37,8 @@ def rows(tmp_path, path):
     def sampled(*arguments, model=path):
         output = tmp_path / "out" / "samples.jsonl"
         with worlds.visible(1):
-            line = ["generate", f"--model={model}", f"--output={output}", "--max_tokens=12", *arguments]
-            command.generate(command.parse(line))
+            line = ["generate", f"--output={output}", "--max_tokens=12", *arguments]
+            command.generate(command.parse(line if model is None else [*line, f"--model={model}"]))
         return [json.loads(line) for line in output.read_text().splitlines()]
 
     return sampled
@@ -96,8 +96,8 @@ def test_a_space_that_begins_a_response_is_kept(path):
     tokenizer = load_tokenizer(path)
     whole, prompt = (tokenizer(text)["input_ids"] for text in ("once upon a time", "once upon"))
     assert whole[: len(prompt)] == prompt
-    assert command.text_after(prompt, whole[len(prompt) :], tokenizer) == " a time"
-    assert command.text_after([1], whole[1:], tokenizer) == "once upon a time"
+    assert prompts.text_after(prompt, whole[len(prompt) :], tokenizer) == " a time"
+    assert prompts.text_after([1], whole[1:], tokenizer) == "once upon a time"
 
 
 def test_greedy_continues_a_real_story(assets, rows):
@@ -110,7 +110,7 @@ def test_chat_is_rendered_with_the_template_up_to_the_answer(tmp_path, rows):
     worlds.save_tokenizer(model, chat_template=TEMPLATE)
     tokenizer = load_tokenizer(model)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the dog"}]
-    tokens = command.tokenize([messages, "the dog"], tokenizer)
+    tokens, _ = prompts.tokenize([messages, "the dog"], tokenizer)
     wanted = "<s><system>be kind<user>the dog<assistant>"
     assert tokens[0] == tokenizer.backend_tokenizer.encode(wanted, add_special_tokens=False).ids
     assert tokens[0].count(tokenizer.bos_token_id) == 1
@@ -124,7 +124,7 @@ def test_chat_is_rendered_with_the_template_up_to_the_answer(tmp_path, rows):
 def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(tmp_path, path):
     tokenizer = load_tokenizer(path)
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    (tokens,) = command.tokenize([[{"role": "user", "content": "a dog"}]], tokenizer, str(tmp_path / "mine.jinja"))
+    (tokens,), _ = prompts.tokenize([[{"role": "user", "content": "a dog"}]], tokenizer, str(tmp_path / "mine.jinja"))
     assert tokens == tokenizer.backend_tokenizer.encode("[a dog]", add_special_tokens=False).ids
 
 
@@ -238,3 +238,42 @@ def test_a_process_ends_with_1_and_one_line_and_helps_with_0(path):
     assert result.returncode == 0
     for name in command.Options.__dataclass_fields__:
         assert f"--{name}" in result.stdout
+
+
+# ---------------------------------------------------------------------- from a run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two updates that move the model far, with a checkpoint of each."""
+    world = worlds.make_world(tmp_path_factory.mktemp("trained"))
+    keep = ("--config.steps=2", "--config.checkpoint.every=1", "--config.checkpoint.keep=2")
+    worlds.train(world.folder / "run", *world.flags, *keep, "--config.optimizer.learning_rate=0.1")
+    return world
+
+
+def test_a_runs_checkpoints_are_its_models(trained, rows):
+    asked = ("--prompt=the dog", "--temperature=0", "--max_tokens=12")
+    workdir = trained.folder / "run"
+    latest, first, before = (
+        rows(*asked, f"--workdir={workdir}", *step, model=None) for step in ((), ("--step=1",), ("--step=0",))
+    )
+    assert latest == rows(*asked, model=workdir / "model")
+    assert before == rows(*asked, model=trained.model)
+    assert latest[0]["logp"] != first[0]["logp"] != before[0]["logp"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--workdir={run}", "--model={model}"), "choose one"),
+        (("--model={model}", "--step=1"), "name its folder with --workdir"),
+        (("--workdir={run}", "--step=7"), "no checkpoint of update 7; there are: 1, 2"),
+        (("--workdir={run}/nowhere",), "is not a folder"),
+        (("--workdir={model}",), "is not a run's folder"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line(trained, arguments, says):
+    there = [argument.format(run=trained.folder / "run", model=trained.model) for argument in arguments]
+    with pytest.raises(UserError, match=says):
+        command.generate(command.parse(["generate", "--prompt=the dog", *there]))
