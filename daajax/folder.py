@@ -174,14 +174,14 @@ def _is_among(name: str, options: tuple[str, ...]) -> bool:
 def _stored(where: pathlib.Path) -> dict[str, Any]:
     """The config of the run that a folder holds."""
     file = where / _CONFIG
-    stored: Any = None
-    if file.is_file():
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{file} is damaged; name another --workdir, or remove the folder.") from None
-    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):  # a model has a config.json as well
+    if not file.is_file():
         raise UserError(f"--workdir={where} exists and is not a run's folder; name another one.")
+    try:
+        stored = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged; name another --workdir, or remove the folder.") from None
+    if not isinstance(stored.get("model"), dict):  # a model's directory has a config.json as well
+        raise UserError(f"--workdir={where} is not a run's folder, though it holds a config.json; name another one.")
     return stored
 
 
