@@ -54,20 +54,13 @@ def run_at(main: Callable[..., None], name: str, argv: Sequence[str] | None = No
     end(act, usage, argv)
 
 
-def end(
-    main: Callable[[Sequence[str]], None],
-    usage: str,
-    argv: Sequence[str] | None = None,
-    *,
-    remedies: str = memory.REMEDIES,
-) -> NoReturn:
+def end(main: Callable[[Sequence[str]], None], usage: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and ends the process: exit code 0 done, 1 a clear error, 130 stopped from the keyboard.
 
     Args:
         main: Takes the arguments, program name first.
         usage: What `--help` prints.
         argv: The arguments; None takes the process's.
-        remedies: What helps when memory runs out.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -86,7 +79,7 @@ def end(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.stdout.flush()
-        sys.stderr.write(f"error: out of memory ({one_line(error)[:200]}); {remedies}.\n")
+        sys.stderr.write(f"error: out of memory ({one_line(error)[:200]}); {memory.REMEDIES}.\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
@@ -132,7 +125,10 @@ def parse_at(argv: Sequence[str], name: str, options: Mapping[str, type]) -> tup
     try:
         _fill(config, stored)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"--workdir={workdir}: its config does not fit this version: {one_line(error)}") from None
+        raise UserError(
+            f"{workdir}/config.json does not fit this version of daajax ({one_line(error)}); take the version that "
+            "the run was made with."
+        ) from None
     config, values = _overridden(config.lock(), argv, options)
     return config, workdir, values
 

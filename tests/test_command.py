@@ -1,12 +1,13 @@
 """The command line: what it understands, what it refuses in one line, and how a process ends."""
 
 import io
+import json
 import pathlib
 import re
 
 import pytest
 
-from daajax import command
+from daajax import command, folder
 from daajax.errors import UserError
 from tests import worlds
 
@@ -283,3 +284,136 @@ def test_a_process_ends_with_1_and_one_line(tmp_path, module, arguments, says):
     assert line.startswith("error: ")
     assert says in line
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------- commands that start from a run
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """The folder of a run, so far as a command reads it."""
+    config, _ = worlds.parse(*world.flags, "--config.extra_losses=({'name':'sft','weight':0.2},)")
+    with folder.at_work(tmp_path / "run", config, updates=0):
+        pass
+    return tmp_path / "run"
+
+
+def parse_at(*arguments):
+    return command.parse_at(["export", *arguments], "export", {"step": int, "output": str})
+
+
+def test_the_config_of_a_run_is_read_back_as_it_was(world, run):
+    expected, _ = worlds.parse(*world.flags, "--config.extra_losses=({'name':'sft','weight':0.2},)")
+    config, workdir, values = parse_at(f"--workdir={run}")
+    assert config.to_json_best_effort(sort_keys=True) == expected.to_json_best_effort(sort_keys=True)
+    assert isinstance(config.extra_losses, tuple)
+    assert (workdir, values) == (str(run), {"step": None, "output": None})
+
+
+@pytest.mark.parametrize("name", ["data.cache_dir", "steps", "optimizer.max_grad_norm", "tokenizer.path"])
+def test_what_a_run_had_unset_is_unset(world, tmp_path, name):
+    length = ("--config.epochs=1.0", "--config.steps=None")
+    config, _ = worlds.parse(*world.flags, *length, f"--config.{name}=None")
+    with folder.at_work(tmp_path / "run", config, updates=0):
+        pass
+    found, _, _ = parse_at("--workdir", str(tmp_path / "run"))
+    assert found.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "loss", ["{'name':'ipo','beta':0.2}", "{'name':'dpo','beta':0.5,'label_smoothing':0.1}"], ids=["ipo", "dpo"]
+)
+def test_a_runs_own_loss_is_read_back(world, tmp_path, loss):
+    config, _ = worlds.parse(*world.flags, f"--config.loss={loss}")
+    with folder.at_work(tmp_path / "run", config, updates=0):
+        pass
+    found, _, _ = parse_at(f"--workdir={tmp_path / 'run'}")
+    assert found.loss.to_dict() == config.loss.to_dict()
+
+
+def test_a_command_takes_its_own_options_and_overrides(run):
+    config, _, values = parse_at(
+        f"--workdir={run}", "--step=3", "--output", "x", "--config.batch_size=3", "--config.eval_data.path=held.jsonl"
+    )
+    assert values == {"step": 3, "output": "x"}
+    assert (config.batch_size, config.eval_data.path) == (3, "held.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no run: python -m daajax.export --workdir=DIR"),
+        (["--workdir="], "no run: python -m daajax.export --workdir=DIR"),
+        (["--workdir"], "no run: python -m daajax.export --workdir=DIR"),
+        (["--workdir=nowhere"], "--workdir=nowhere is not a folder"),
+        (["--workdir=configs"], "--workdir=configs exists and is not a run's folder"),
+        (["--workdir={}", "--config=configs/stories.py"], "reads the config of the run in --workdir"),
+        (["--workdir={}", "--step=two"], "two"),
+        (["--workdir={}", "--step="], "step"),
+        (["--workdir={}", "--nope=1"], "nope"),
+        (["--workdir={}", "rubbish"], "'rubbish' is not understood"),
+        (["--workdir={}", "--config.nope=1"], "config.nope is not an option"),
+        (["--workdir={}", "--config.batch_size=two"], "config.batch_size=two"),
+        (["--workdir={}", "--config.batch_size=0"], "config.batch_size=0 must be at least 1"),
+        (["--workdir={}", "--config.model=None"], "unsets several options"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_line_for_a_run_that_is_not_understood_is_refused_in_one_line(run, arguments, says, monkeypatch):
+    monkeypatch.chdir(worlds.ROOT)
+    with pytest.raises(UserError) as error:
+        parse_at(*(argument.format(run) for argument in arguments))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", "many"),
+        ("model", 3),
+        ("model", None),
+        ("loss", None),
+        ("loss", "dpo"),
+        ("nope", 1),
+        ("mesh", {"x": 1}),
+    ],
+    ids=str,
+)
+def test_a_runs_config_that_does_not_fit_is_refused_in_one_line(run, key, value):
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(stored | {key: value}))
+    with pytest.raises(UserError) as error:
+        parse_at(f"--workdir={run}")
+    assert "\n" not in str(error.value)
+    assert key in str(error.value) or "config.json does not fit this version" in str(error.value)
+
+
+def test_a_command_at_a_run_gets_only_the_options_that_are_given(run, monkeypatch):
+    calls = []
+
+    def main(config, workdir, step=None, output=None):
+        calls.append((config.batch_size, workdir, step, output))
+
+    for arguments in ([], ["--step=4"]):
+        with pytest.raises(SystemExit) as exit:
+            command.run_at(main, "export", ["export", f"--workdir={run}", *arguments], step=int, output=str)
+        assert exit.value.code == 0
+    assert calls == [(8, str(run), None, None), (8, str(run), 4, None)]
+
+
+def test_a_mistake_at_a_run_is_one_line_and_exit_code_1(run, monkeypatch):
+    errors = io.StringIO()
+    monkeypatch.setattr("sys.stderr", errors)
+    with pytest.raises(SystemExit) as exit:
+        command.run_at(lambda *_: None, "export", ["export", "--workdir=nowhere"], step=int)
+    assert exit.value.code == 1
+    assert errors.getvalue() == "error: --workdir=nowhere is not a folder; name that of a run.\n"
+
+
+@pytest.mark.parametrize(("module", "option"), [("evaluate", "--step"), ("export", "--output")])
+def test_help_at_a_run_names_its_options(module, option):
+    result = worlds.command(module, "--help")
+    assert result.returncode == 0
+    assert f"usage: python -m daajax.{module} --workdir=DIR [--step=…]" in result.stdout
+    assert option in result.stdout
