@@ -69,22 +69,27 @@ def test_an_accelerator_is_asked_itself(monkeypatch, stats, expected):
     assert memory.available() == expected
 
 
-def program(temp, output=0, alias=0):
-    analysis = types.SimpleNamespace(temp_size_in_bytes=temp, output_size_in_bytes=output, alias_size_in_bytes=alias)
+def program(arguments=0, temp=0, output=0, alias=0):
+    analysis = types.SimpleNamespace(
+        argument_size_in_bytes=arguments,
+        temp_size_in_bytes=temp,
+        output_size_in_bytes=output,
+        alias_size_in_bytes=alias,
+    )
     return types.SimpleNamespace(memory_analysis=lambda: analysis)
 
 
-def test_what_a_program_needs_is_what_is_not_there_yet(monkeypatch):
+def test_what_a_program_needs_are_its_arguments_what_it_makes_and_what_it_works_in(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [None])
     monkeypatch.setattr(memory, "available", lambda: 4 * GIB)
     # Outputs that take the place of arguments need nothing.
-    fits = program(temp=3 * GIB, output=2 * GIB, alias=GIB)
-    assert memory.check(fits, "the update") == "the update needs 4.00 GiB beside the state, 4.00 GiB are free"
-    with pytest.raises(
-        UserError, match=r"^the update needs 4\.00 GiB .* 4\.00 GiB are free; raise micro_batches"
-    ) as error:
-        memory.check(program(temp=3 * GIB, output=2 * GIB, alias=GIB - 1), "the update")
-    assert "\n" not in str(error.value)
+    fits = program(arguments=GIB, temp=2 * GIB, output=2 * GIB, alias=GIB)
+    assert memory.check(fits, "the update") == "the update needs 4.00 GiB of memory, 4.00 GiB are free"
+    refused = r"^the update needs 4\.00 GiB of memory, 4\.00 GiB are free; raise micro_batches"
+    for part in ("arguments", "temp", "output"):
+        with pytest.raises(UserError, match=refused) as error:
+            memory.check(program(**{part: 4 * GIB + 1}), "the update")
+        assert "\n" not in str(error.value)
 
 
 def test_devices_of_a_cpu_share_its_memory(monkeypatch):
@@ -93,7 +98,7 @@ def test_devices_of_a_cpu_share_its_memory(monkeypatch):
         memory.check(program(temp=GIB), "the update")
 
 
-@pytest.mark.parametrize(("analysis", "free"), [(None, 1), (types.SimpleNamespace(temp_size_in_bytes=1), None)])
+@pytest.mark.parametrize(("analysis", "free"), [(None, 1), (types.SimpleNamespace(), None)])
 def test_where_the_platform_does_not_say_nothing_is_refused(monkeypatch, analysis, free):
     monkeypatch.setattr(memory, "available", lambda: free)
     assert memory.check(types.SimpleNamespace(memory_analysis=lambda: analysis), "the update") == ""
