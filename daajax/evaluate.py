@@ -1,10 +1,12 @@
 """Held-out metrics: the loss and all that training reports of it, over a whole data set at once.
 
-`python -m daajax.evaluate --workdir=DIR [--step=N] [--config.eval_data.path=FILE …]` evaluates a run's checkpoint; step
-0 is the initial policy. Training calls the same `Evaluation` every `eval.every` updates.
+`python -m daajax.evaluate --workdir=DIR [--step=N] [--output=FILE] [--config.eval_data.path=FILE …]` evaluates a run's
+checkpoint; step 0 is the initial policy. With `--output` each example's own log-probs are written too, as JSON lines.
+Training calls the same `Evaluation` every `eval.every` updates.
 """
 
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from daajax import checkpoint, command, metrics, run, sharding
+from daajax import checkpoint, command, files, metrics, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
@@ -65,7 +67,10 @@ class Evaluation:
 
     def __call__(self, params: Params, progress: Progress | None = None) -> dict[str, float]:
         """Metrics by name, such as `eval/loss`; by source too, `eval/<source>/loss`, where there are several."""
-        sums = self._score(params, progress)
+        return self.report(self.score(params, progress))
+
+    def report(self, sums: Sums) -> dict[str, float]:
+        """The metrics of what `score` returned."""
         examples = {"lengths": self._data.scored_lengths(), "weights": self._data.weights}
         found = {}
         for prefix, mask in self._groups():
@@ -73,8 +78,8 @@ class Evaluation:
             found |= {f"{prefix}/{name}": float(value) for name, value in values.items()}
         return found
 
-    def _score(self, params: Params, progress: Progress | None) -> Sums:
-        """Sums over each response of every example, nats, on the host."""
+    def score(self, params: Params, progress: Progress | None = None) -> Sums:
+        """Sums over each response of every example, nats, `[examples, K]` in the order of the data."""
         shape = (len(self._data.weights), self._responses)
         logps, log_ratios = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         plan = self._batches.plan
@@ -112,16 +117,17 @@ def _report(
     return logged.values()
 
 
-def evaluate(config: Config, workdir: str, step: int | None = None) -> None:
+def evaluate(config: Config, workdir: str, step: int | None = None, output: str | None = None) -> None:
     """Evaluates a checkpoint on held-out data; prints the metrics and adds them to the run's `evaluations.jsonl`.
 
     Args:
         config: The run's, with what the command line changes.
         workdir: Its folder.
         step: Update of the checkpoint; 0 is the initial policy, None the latest.
+        output: File for one JSON line an example: `id`, and by response `logps` and `log_ratios`, nats.
 
     Raises:
-        UserError: If there is no such checkpoint, no held-out data, or the data do not fit.
+        UserError: If there is no such checkpoint, no held-out data, the data do not fit, or a file cannot be written.
     """
     if config.eval_data.path is None:
         raise UserError("the run has no held-out data; name some with --config.eval_data.path=….")
@@ -140,8 +146,12 @@ def evaluate(config: Config, workdir: str, step: int | None = None) -> None:
         del initial  # before the others come
     params = run.params_at(config, saved, step, scorer, mesh)
     progress = Progress("evaluate", plan.updates, "batch")
-    values = Evaluation(scorer, terms, data, plan, reference, mesh)(params, progress)
+    evaluation = Evaluation(scorer, terms, data, plan, reference, mesh)
+    sums = evaluation.score(params, progress)
     progress.close()
+    if output is not None:
+        _write(pathlib.Path(output), data.ids, sums)
+    values = evaluation.report(sums)
     for name, value in values.items():
         say(f"{name}: {value:.6g}")
     line = metrics.as_json({"step": step, "data": config.eval_data.path, **values})
@@ -155,5 +165,17 @@ def evaluate(config: Config, workdir: str, step: int | None = None) -> None:
     say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _REPORT}")
 
 
+def _write(file: pathlib.Path, ids: Sequence[str], sums: Sums) -> None:
+    """Writes what each example's responses were given."""
+    columns = {name: np.asarray(values).tolist() for name, values in sums._asdict().items() if values is not None}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    lines = [json.dumps({"id": name, **row}) + "\n" for name, row in zip(ids, rows, strict=True)]
+    try:
+        files.write_text(file, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--output={file} cannot be written ({error.strerror}); name another file.") from None
+    say(f"the log-probs of {len(lines)} examples are in {file}")
+
+
 if __name__ == "__main__":
-    command.run_at(evaluate, "evaluate", step=int)
+    command.run_at(evaluate, "evaluate", step=int, output=str)
