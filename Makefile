@@ -21,7 +21,7 @@ pip := $(python) -m pip --disable-pip-version-check
 pytest := JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 $(python) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-oracle test test-slow check bench lock clean
+.PHONY: help setup demo setup-oracle test test-slow check bench lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ $(ready): $(lock) pyproject.toml
 	@$(pip) install --quiet --no-deps --no-build-isolation --editable .
 	@$(pip) check
 	@touch $@
+
+demo: $(ready) ## align a small model and see what came of it: three minutes on two CPU cores, no network
+	@$(python) -m demo
 
 setup-oracle: $(oracle) ## torch into it, which tests marked `oracle` compare with (Python 3.11)
 	@echo "$(VENV) has the oracle"

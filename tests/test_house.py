@@ -61,7 +61,7 @@ def test_shell_scripts_parse_and_are_executable(path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("goal", ["setup", "test", "check"])
+@pytest.mark.parametrize("goal", ["setup", "demo", "test", "check"])
 @pytest.mark.parametrize(
     ("fake", "needed"),
     [

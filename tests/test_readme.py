@@ -9,7 +9,7 @@ from tests import worlds
 
 README = worlds.ROOT / "README.md"
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-TARGETS = ("setup", "test", "test-slow", "check", "bench")  # of `make`: other tests and CI run them
+TARGETS = ("setup", "demo", "test", "test-slow", "check", "bench")  # of `make`: other tests and CI run them
 
 
 def lines_of(text):
