@@ -54,13 +54,20 @@ def run_at(main: Callable[..., None], name: str, argv: Sequence[str] | None = No
     end(act, usage, argv)
 
 
-def end(main: Callable[[Sequence[str]], None], usage: str, argv: Sequence[str] | None = None) -> NoReturn:
+def end(
+    main: Callable[[Sequence[str]], None],
+    usage: str,
+    argv: Sequence[str] | None = None,
+    *,
+    remedies: str = memory.REMEDIES,
+) -> NoReturn:
     """Runs a command and ends the process: exit code 0 done, 1 a clear error, 130 stopped from the keyboard.
 
     Args:
         main: Takes the arguments, program name first.
         usage: What `--help` prints.
         argv: The arguments; None takes the process's.
+        remedies: What helps when memory runs out.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -79,7 +86,7 @@ def end(main: Callable[[Sequence[str]], None], usage: str, argv: Sequence[str] |
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.stdout.flush()
-        sys.stderr.write(f"error: out of memory ({one_line(error)[:200]}); {memory.REMEDIES}.\n")
+        sys.stderr.write(f"error: out of memory ({one_line(error)[:200]}); {remedies}.\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
