@@ -74,6 +74,7 @@ def test_real_conversations_are_taken_apart_where_their_authors_did(assets, tmp_
     assert [(e.prompt, e.responses) for e in whole] == [(e.prompt, e.responses) for e in pairs]
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_by_name_trains_a_model(world, tmp_path):
     """From the cache of the `datasets` library, without a network, as a process of its own."""
     pytest.importorskip("datasets", reason="the extra `hub` is not installed")
@@ -226,6 +227,7 @@ def test_held_out_data_are_read_by_the_options_of_their_own(world, tmp_path, cap
         load(*flags, part="eval_data")
 
 
+@pytest.mark.slow
 def test_held_out_sources_are_evaluated_together_and_each_by_itself(world, tmp_path):
     """The loss over all examples is the mean of the sources' losses, by their numbers of examples."""
     ours = worlds.write_rows(tmp_path / "ours.jsonl", worlds.pairs(5, seed=7))
