@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from daajax.console import say
-from daajax.errors import UserError
+from daajax.errors import UserError, one_line
 from daajax.models import weights
 from daajax.models.decoder import Params
 from daajax.step import TrainState
@@ -46,12 +46,14 @@ class Record:
     Attributes:
         data: Digest of the training data.
         model: Digest of the weights that training started from; empty where nobody asked.
+        reference: Digest of the reference's weights; empty where there is none.
         metrics: Of an evaluation at this update.
         leaves: Shape, dtype and digest of every leaf of the state, by path; filled in when it is saved.
     """
 
     data: str
     model: str
+    reference: str = ""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -66,7 +68,7 @@ class Checkpoints:
     """
 
     def __init__(self, where: pathlib.Path, *, keep: int = 1, best: str | None = None):
-        self.where, self.best = where / _FOLDER, best
+        self.folder, self.best = where / _FOLDER, best
         self._aside = where / _ASIDE
         self._options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(1),  # whoever calls `save` has decided
@@ -81,9 +83,9 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Updates that there is a checkpoint of, ascending."""
-        if not self.where.is_dir():
+        if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.where.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def choose(self, step: int | None) -> int:
         """The update that a command asks for: itself, 0 for the initial policy, or None for the latest checkpoint.
@@ -97,14 +99,14 @@ class Checkpoints:
         if step is None or (step != 0 and step not in steps):
             there = ", ".join(map(str, steps)) or "none"
             wanted = "checkpoint" if step is None else f"checkpoint of update {step}"
-            raise UserError(f"{self.where} has no {wanted}; there are: {there}; --step=0 is the initial policy.")
+            raise UserError(f"{self.folder} has no {wanted}; there are: {there}; --step=0 is the initial policy.")
         return step
 
     def best_step(self) -> int | None:
         """The update whose checkpoint is best by the metric chosen; None if none was evaluated."""
         return self._best_of(self.steps)
 
-    def save(self, step: int, state: TrainState, record: Record, *, wait: bool = False) -> None:
+    def save(self, step: int, state: TrainState, record: Record, *, wait: bool = False) -> bool:
         """Begins to save a state, which goes to disk in the background.
 
         A save that fails is reported and the run goes on; what it left behind is removed and the next save tries again.
@@ -114,6 +116,9 @@ class Checkpoints:
             state: Not changed, and free to be donated when this returns.
             record: What to say of it.
             wait: Return once it is on disk.
+
+        Returns:
+            Whether no failure is known of.
 
         Raises:
             UserError: If `FAILURES` saves in a row have failed.
@@ -130,6 +135,7 @@ class Checkpoints:
             self._in_background = step
         if wait:
             self._settle()
+        return self._failures == 0
 
     def close(self) -> None:
         """Ends background work.
@@ -154,7 +160,21 @@ class Checkpoints:
                 raise DamagedError("its record is not what was saved")
             return Record(**json.loads(found["content"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedError(f"its record cannot be read: {_one_line(error)}") from None
+            raise DamagedError(f"its record cannot be read: {one_line(error)}") from None
+
+    def check_origin(self, step: int, now: Record, *, forced: bool) -> None:
+        """See `check_origin`; of the latest checkpoint for step 0, and of none if there is none.
+
+        Raises:
+            UserError: If the checkpoint was made with something else, or is damaged.
+        """
+        step = step or max(self.steps, default=0)
+        if step:
+            try:
+                before = self.record(step)
+            except DamagedError as reason:
+                raise UserError(f"{self.folder / str(step)} is damaged ({reason}); use another --step.") from None
+            check_origin(before, now, forced=forced)
 
     def restore(self, step: int, abstract: TrainState, fresh: Callable[..., TrainState] | None = None) -> TrainState:
         """Reads a state onto the devices.
@@ -169,7 +189,7 @@ class Checkpoints:
             UserError: If it is the state of another model or optimizer.
             DamagedError: If any of it is not what was saved.
         """
-        record, place = self.record(step), str(self.where / str(step))
+        record, place = self.record(step), str(self.folder / str(step))
         _check_fits(record, abstract, "params", place)
         items = {"params": ocp.args.StandardRestore(abstract.params)}
         try:
@@ -198,11 +218,13 @@ class Checkpoints:
         """
         try:
             record = self.record(step)
-            _check_fits(record, TrainState(None, abstract, ()), "params", str(self.where / str(step)))
+            _check_fits(record, TrainState(None, abstract, ()), "params", str(self.folder / str(step)))
             params = self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
             _check_leaves(record, _leaves(TrainState(None, params, ())))
         except DamagedError as reason:
-            raise UserError(f"checkpoint {self.where / str(step)} is damaged ({reason}); use another --step.") from None
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged ({reason}); use another --step."
+            ) from None
         return params
 
     def restore_latest(
@@ -227,22 +249,22 @@ class Checkpoints:
                 damaged[step] = reason
                 continue
             for bad, reason in damaged.items():
-                aside = self._aside / str(bad)
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                (self.where / str(bad)).rename(aside)
+                self._aside.mkdir(exist_ok=True)
+                copies = len(list(self._aside.glob(f"{bad}*")))
+                aside = self._aside / (f"{bad}-{copies + 1}" if copies else str(bad))
+                (self.folder / str(bad)).rename(aside)
                 say(f"checkpoint of update {bad} is damaged ({reason}): set aside as {aside}")
             return step, state
         # All stay where they are: without them the same command would begin from update 1.
         reasons = "; ".join(f"update {step} ({reason})" for step, reason in damaged.items())
         raise UserError(
-            f"every checkpoint in {self.where} is damaged: {reasons}; name another --workdir to begin again."
+            f"every checkpoint in {self.folder} is damaged: {reasons}; name another --workdir to begin again."
         )
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._opened is None:
-            self._opened = ocp.CheckpointManager(self.where.absolute(), options=self._options)
+            self._opened = ocp.CheckpointManager(self.folder.absolute(), options=self._options)
         return self._opened
 
     def _settle(self) -> None:
@@ -264,13 +286,13 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 if manager is not None:
                     manager.close()
-            for left in self.where.glob("*.orbax-checkpoint-tmp*"):
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-            line = f"the checkpoint of update {step} could not be saved ({_one_line(error)})"
+            line = f"the checkpoint of update {step} could not be saved ({one_line(error)})"
             if self._failures >= FAILURES:
                 raise UserError(
-                    f"{line}: {self._failures} times in a row; make room or make {self.where} writable, then start the "
-                    "same command again."
+                    f"{line}: {self._failures} times in a row; make room or make {self.folder} writable, then start "
+                    "the same command again."
                 ) from None
             say(f"{line}; the run goes on")
 
@@ -288,9 +310,13 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-                return reader.restore((self.where / str(step)).absolute(), args=ocp.args.Composite(**items))
+                return reader.restore((self.folder / str(step)).absolute(), args=ocp.args.Composite(**items))
+        except (MemoryError, PermissionError):  # nothing is wrong with the checkpoint
+            raise
         except Exception as error:  # a page of TensorStore's text, of many kinds
-            raise DamagedError(_one_line(error)) from None
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise DamagedError(one_line(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +333,7 @@ class _Best:
 
 
 def check_origin(before: Record, now: Record, *, forced: bool) -> None:
-    """Refuses to go on with other data, or from other initial weights, than a checkpoint was made with.
+    """Refuses other data, initial weights or reference than a checkpoint was made with; what is empty is not compared.
 
     Args:
         before: Of the checkpoint.
@@ -317,7 +343,11 @@ def check_origin(before: Record, now: Record, *, forced: bool) -> None:
     Raises:
         UserError: If they differ.
     """
-    for what, old, new in (("data", before.data, now.data), ("weights of the model", before.model, now.model)):
+    for what, old, new in (
+        ("data", before.data, now.data),
+        ("weights of the model", before.model, now.model),
+        ("weights of the reference", before.reference, now.reference),
+    ):
         if old and new and old != new:
             line = f"the {what} changed since the checkpoint was made: digest {old[:12]} then, {new[:12]} now"
             if not forced:
@@ -347,7 +377,8 @@ def _check_fits(record: Record, abstract: TrainState, item: str, place: str) -> 
         if before.get(name) != now.get(name):
             raise UserError(
                 f"checkpoint {place} is of another model or optimizer: {name} is {before.get(name, 'not there')}, "
-                f"needed is {now.get(name, 'nothing of that name')}."
+                f"needed is {now.get(name, 'nothing of that name')}; name another --workdir, or the model and "
+                "optimizer that the run was made with."
             )
 
 
@@ -363,8 +394,3 @@ def _json(record: Record) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"

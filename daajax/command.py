@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
-from configs import base
 from daajax import folder, memory
-from daajax.config import Config, resolve
-from daajax.errors import UserError
+from daajax.config import Config, resolve, restored
+from daajax.errors import UserError, one_line
 
 _USAGE = """usage: python -m daajax.{name} --config=configs/RECIPE.py[:ARGUMENT] [--workdir=DIR] [--config.key=value …]
 Every option with its meaning is in configs/base.py."""
@@ -72,6 +71,7 @@ def end(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    logging.set_verbosity(logging.FATAL)  # libraries log pages of what is then raised, and said here in one line
     arguments = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "-help"} & set(arguments):
         sys.stdout.write(usage + "\n")
@@ -86,7 +86,7 @@ def end(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.stdout.flush()
-        sys.stderr.write(f"error: out of memory ({one_line(error)[:200]}); {remedies}.\n")
+        sys.stderr.write(f"error: out of memory ({one_line(error)}); {remedies}.\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
@@ -127,36 +127,18 @@ def parse_at(argv: Sequence[str], name: str, options: Mapping[str, type]) -> tup
         raise UserError(f"no run: python -m daajax.{name} --workdir=DIR, the folder of a run.")
     if _taken("config", argv)[0]:
         raise UserError(f"daajax.{name} reads the config of the run in --workdir; give it --config.key=value alone.")
-    stored = folder.read_config(pathlib.Path(workdir))
-    config = base.get_config().unlock()
-    try:
-        _fill(config, stored)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{workdir}/config.json does not fit this version of daajax ({one_line(error)}); take the version that "
-            "the run was made with."
-        ) from None
-    config, values = _overridden(config.lock(), argv, options)
+    config = restored(folder.read_config(pathlib.Path(workdir)))
+    config, values = _overridden(config, argv, options)
     return config, workdir, values
-
-
-def _fill(config: Config, stored: Mapping[str, Any]) -> None:
-    """Puts the values of a stored config into one that has their types."""
-    for key, value in stored.items():
-        if key == "loss":
-            config[key] = config_dict.ConfigDict(value)
-        elif isinstance(value, Mapping) and isinstance(config.get(key), config_dict.ConfigDict):
-            _fill(config[key], value)
-        elif value is not None or config.get(key) is not None:
-            config[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]) -> tuple[Config, dict[str, Any]]:
     """A config with what the command line changes, resolved, and the values of the command's own options."""
     for option in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", a) for a in argv)):
         _place(config, option[1])
-    unset = [a.partition("=")[0] for a in argv if a.startswith("--config.") and a.endswith("=None")]
-    argv = [a for a in argv if a.partition("=")[0] not in unset]
+    latest = {a.partition("=")[0]: a for a in argv if a.startswith("--config.") and "=" in a}
+    unset = [option for option, a in latest.items() if a == f"{option}=None"]
+    argv = [a for a in argv if a.partition("=")[0] not in unset and not re.fullmatch(r"--config\..*=None", a)]
     values = flags.FlagValues()
     define = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
     try:
@@ -165,7 +147,7 @@ def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]
             define[kind](option, None, "", flag_values=values)
         rest = values(argv)
     except Exception as error:  # from another library, of several kinds: whatever it is, the line is at fault
-        raise UserError(one_line(error)) from None
+        raise UserError(said_by(error)) from None
     for option in unset:
         place, key = _place(config, option.removeprefix("--config."))
         if isinstance(place[key], config_dict.ConfigDict):
@@ -204,7 +186,7 @@ def _load(file: str, argument: str) -> Config:
         raise
     except Exception as error:  # a recipe is a program: whatever it raises is the recipe's
         where = ":".join([file, *_line(error, file)])
-        raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from None
+        raise UserError(f"{where}: {type(error).__name__}: {said_by(error)}") from None
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(
             f"{file}: get_config() returns a {type(config).__name__}; it must return base.get_config(), changed."
@@ -234,7 +216,7 @@ def _place(config: Config, option: str) -> tuple[Config, str]:
     return place, option.rpartition(".")[2]
 
 
-def one_line(error: Exception) -> str:
+def said_by(error: Exception) -> str:
     """What an error says, without what ml_collections adds to it: the whole config."""
     text: Any = error.msg if isinstance(error, SyntaxError) else error
     while isinstance(text, AttributeError | KeyError) and text.args:  # the second would say it in quotes

@@ -13,7 +13,7 @@ from daajax.checkpoint import BEST
 from daajax.data.packing import parse_row_length
 from daajax.data.sources import SOURCES
 from daajax.data.tokenization import SCORES, TRUNCATIONS
-from daajax.errors import UserError
+from daajax.errors import UserError, one_line
 from daajax.losses.terms import bind
 from daajax.models.decoder import REMAT
 from daajax.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer
@@ -131,9 +131,43 @@ def resolve(config: Config) -> Config:
     for name, value in (("eval.every", config.eval.every), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and config.eval_data.path is None:
             raise UserError(f"config.{name}={value!r} needs held-out data; set config.eval_data.path.")
+    terms = bind(losses(config))
+    if "rewards" in (config.checkpoint.best or "") and not any(term.has_rewards for term in terms):
+        raise UserError(
+            f"config.checkpoint.best={config.checkpoint.best!r}: loss {terms[0].name!r} has no rewards; "
+            "set it to 'eval/loss'."
+        )
     shares(data_sources(config.data, "data"))
     _check_eval_data(config)
     return config.unlock().lock()  # a config that is locked already would not look at its parts
+
+
+def restored(stored: Mapping[str, Any]) -> Config:
+    """A run's stored config, not yet resolved, with today's defaults where it has no option of that name.
+
+    Raises:
+        UserError: If a value is not of its option's type.
+    """
+    config = base.get_config().unlock()
+    try:
+        _fill(config, stored)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the run's config.json does not fit this version of daajax ({one_line(error)}); take the version that the "
+            "run was made with."
+        ) from None
+    return config.lock()
+
+
+def _fill(config: Config, stored: Mapping[str, Any]) -> None:
+    """Puts the values of a stored config into one that has their types."""
+    for key, value in stored.items():
+        if key == "loss":
+            config[key] = config_dict.ConfigDict(value)
+        elif isinstance(value, Mapping) and isinstance(config.get(key), config_dict.ConfigDict):
+            _fill(config[key], value)
+        elif value is not None or config.get(key) is not None:
+            config[key] = tuple(value) if isinstance(value, list) else value
 
 
 def losses(config: Config) -> list[dict[str, Any]]:

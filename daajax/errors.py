@@ -7,3 +7,9 @@ class UserError(Exception):
     Its text is one line that says what was got, what was needed and what to do. Every command prints it without a
     stack trace and exits with code 1.
     """
+
+
+def one_line(error: Exception, most: int = 200) -> str:
+    """What a library's error says, behind its kind, as part of one line of at most so many characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= most else f"{text[:most]}…"

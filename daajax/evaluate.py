@@ -6,7 +6,6 @@ Training calls the same `Evaluation` every `eval.every` updates.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from daajax import checkpoint, command, files, metrics, run, sharding
+from daajax import checkpoint, command, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
@@ -26,10 +25,11 @@ from daajax.errors import UserError
 from daajax.losses.terms import Term, bind
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
+from daajax.output import as_json, check, write_rows
 from daajax.scoring import Batch, Scorer
 from daajax.step import Counts, Sums, loss_of, sums_of
 
-_REPORT = "evaluations.jsonl"
+_EVALUATIONS = "evaluations.jsonl"
 
 
 class Evaluation:
@@ -60,7 +60,7 @@ class Evaluation:
             return sums_of(scorer.token_logps(params, part, keys=keys), part, reference=reference is not None)
 
         self._sums = jax.jit(sums, static_argnums=2, out_shardings=sharding.replicated(mesh))
-        self._report = jax.jit(functools.partial(_report, terms=terms))
+        self._metrics = jax.jit(functools.partial(_metrics_of, terms=terms))
         self._batches, self._mesh = Batches(data, plan, reference), mesh
         self._data, self._responses = data, data.lengths.shape[1] - 1
         self._has_reference = reference is not None
@@ -74,7 +74,7 @@ class Evaluation:
         examples = {"lengths": self._data.scored_lengths(), "weights": self._data.weights}
         found = {}
         for prefix, mask in self._groups():
-            values = jax.device_get(self._report(sums, examples, mask))
+            values = jax.device_get(self._metrics(sums, examples, mask))
             found |= {f"{prefix}/{name}": float(value) for name, value in values.items()}
         return found
 
@@ -106,7 +106,7 @@ class Evaluation:
         return groups
 
 
-def _report(
+def _metrics_of(
     sums: Sums, examples: Batch, mask: Bool[Array, " examples"], *, terms: Sequence[Term]
 ) -> dict[str, Float[Array, ""]]:
     """The loss of the examples in a mask, and what is logged of it."""
@@ -131,6 +131,8 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     """
     if config.eval_data.path is None:
         raise UserError("the run has no held-out data; name some with --config.eval_data.path=….")
+    if output is not None:
+        check(pathlib.Path(output))
     where = pathlib.Path(workdir)
     terms = bind(losses(config))
     architecture = read_architecture(config.model.path)
@@ -142,7 +144,10 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     reference = None
     if config.reference.mode != "none":
         initial = run.load_initial_params(config, scorer, mesh)
-        (reference,) = run.load_reference(config, [(data, plan)], scorer, initial, mesh).columns
+        found = run.load_reference(config, [(data, plan)], scorer, initial, mesh)
+        (reference,) = found.columns
+        origin = checkpoint.Record(data="", model=found.policy, reference=found.digest)
+        saved.check_origin(step, origin, forced=config.resume == "force")
         del initial  # before the others come
     params = run.params_at(config, saved, step, scorer, mesh)
     progress = Progress("evaluate", plan.updates, "batch")
@@ -150,31 +155,27 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     sums = evaluation.score(params, progress)
     progress.close()
     if output is not None:
-        _write(pathlib.Path(output), data.ids, sums)
+        write_rows(pathlib.Path(output), _rows(data.ids, sums))
+        say(f"the log-probs of {len(data.ids)} examples are in {output}")
     values = evaluation.report(sums)
     for name, value in values.items():
         say(f"{name}: {value:.6g}")
-    line = metrics.as_json({"step": step, "data": config.eval_data.path, **values})
+    line = as_json({"step": step, "data": config.eval_data.path, "examples": len(data.weights), **values})
     try:
-        with (where / _REPORT).open("a", encoding="utf-8") as report:
-            report.write(line + "\n")
+        with (where / _EVALUATIONS).open("a", encoding="utf-8") as report:
+            report.write(line)
     except OSError as error:
         raise UserError(
-            f"{where / _REPORT} cannot be written ({error.strerror}); the metrics are printed above."
+            f"{where / _EVALUATIONS} cannot be written ({error.strerror}); the metrics are printed above."
         ) from None
-    say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _REPORT}")
+    say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _EVALUATIONS}")
 
 
-def _write(file: pathlib.Path, ids: Sequence[str], sums: Sums) -> None:
-    """Writes what each example's responses were given."""
+def _rows(ids: Sequence[str], sums: Sums) -> list[dict[str, Any]]:
+    """What each example's responses were given."""
     columns = {name: np.asarray(values).tolist() for name, values in sums._asdict().items() if values is not None}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    lines = [json.dumps({"id": name, **row}) + "\n" for name, row in zip(ids, rows, strict=True)]
-    try:
-        files.write_text(file, "".join(lines))
-    except OSError as error:
-        raise UserError(f"--output={file} cannot be written ({error.strerror}); name another file.") from None
-    say(f"the log-probs of {len(lines)} examples are in {file}")
+    return [{"id": name, **row} for name, row in zip(ids, rows, strict=True)]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import socket
 from collections.abc import Iterator
 from typing import IO, Any, Literal
 
-from daajax import files
+from configs import base
+from daajax import output
 from daajax.config import Config
 from daajax.console import say
 from daajax.errors import UserError
@@ -44,21 +45,54 @@ _NAMED = 3  # differences
 State = Literal["new", "unfinished", "finished"]
 
 
+@contextlib.contextmanager
+def claimed(where: pathlib.Path, config: Config) -> Iterator[State]:
+    """Keeps other runs out of a folder while the block lasts; a new one that stays empty is removed again.
+
+    Args:
+        where: The folder.
+        config: Of the run that is to begin or go on there.
+
+    Yields:
+        What the folder is to the run; a finished one is not claimed, and not written to.
+
+    Raises:
+        UserError: As `examine`, or if another run is at work there.
+    """
+    if examine(where, config) == "finished":
+        for _, line in _changes(where, config):
+            say(f"config: {line}; this does nothing, the run is finished: see daajax.evaluate and daajax.export")
+        yield "finished"
+        return
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={where} cannot be made ({error.strerror}); name another folder.") from None
+    with _lock(where):
+        found = examine(where, config)  # again: until now another run may have changed it
+        for name, line in _changes(where, config) if found == "unfinished" else ():
+            say(f"config: {line}{'' if _is_among(name, MAY_CHANGE) else ' (forced)'}")
+        try:
+            yield found
+        finally:
+            if [path.name for path in where.iterdir()] == [_LOCK]:
+                shutil.rmtree(where)
+
+
 def examine(where: pathlib.Path, config: Config) -> State:
     """What a folder is to the run of a config.
 
     Raises:
-        UserError: If it holds something else, if nothing can be written there, or if a run is at work in it.
+        UserError: If it holds something else, or nothing can be written there.
     """
     if not where.exists() or (where.is_dir() and not any(path.name != _LOCK for path in where.iterdir())):
         above = next(parent for parent in (where, *where.resolve().parents) if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise UserError(f"--workdir={where}: {above} cannot be written; name another folder.")
         return "new"
-    before, now = _stored(where), json.loads(_text(config))
+    changed = _changes(where, config)
     if config.resume == "never":
         raise UserError(f"--workdir={where} holds a run, and resume='never' goes on with none; name another folder.")
-    changed = list(differences(before, now))
     refused = [line for name, line in changed if not _is_among(name, MAY_CHANGE)]
     if refused and config.resume != "force":
         further = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
@@ -66,15 +100,26 @@ def examine(where: pathlib.Path, config: Config) -> State:
             f"--workdir={where} holds a run of another config: {'; '.join(refused[:_NAMED])}{further}; "
             "name another folder, or go on all the same with --config.resume=force."
         )
-    if (where / _FINISHED).is_file() and not refused and not any(_is_among(name, _LENGTH) for name, _ in changed):
+    ended = (where / _FINISHED).is_file() and (where / "model").is_dir()
+    if ended and not refused and not any(_is_among(name, _LENGTH) for name, _ in changed):
         return "finished"
     if not os.access(where, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={where} cannot be written; make it writable, or name another folder.")
-    with _lock(where):
-        pass
-    for name, line in changed:
-        say(f"config: {line}{'' if _is_among(name, MAY_CHANGE) else ' (forced)'}")
     return "unfinished"
+
+
+def _changes(where: pathlib.Path, config: Config) -> list[tuple[str, str]]:
+    """How a config differs from that of the folder's run; an option that was not there then had today's default."""
+    before, defaults = _stored(where), json.loads(_text(base.get_config()))
+    return list(differences(_completed(before, defaults), json.loads(_text(config))))
+
+
+def _completed(stored: Any, defaults: Any) -> Any:
+    """A config read from JSON with the options that it lacks; an objective's are its own."""
+    if not isinstance(stored, dict) or not isinstance(defaults, dict):
+        return stored
+    parts = {name: _completed(value, defaults.get(name)) for name, value in stored.items() if name != "loss"}
+    return defaults | stored | parts
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -92,9 +137,8 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, st
         yield name, f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
 
 
-@contextlib.contextmanager
-def at_work(where: pathlib.Path, config: Config, *, updates: int) -> Iterator[None]:
-    """Makes a run's folder or goes on in one, and keeps other runs out of it while the block lasts.
+def begin(where: pathlib.Path, config: Config, *, updates: int) -> None:
+    """Makes a claimed folder this run's.
 
     What a run that was interrupted later reported of updates that are now done again is removed.
 
@@ -104,26 +148,22 @@ def at_work(where: pathlib.Path, config: Config, *, updates: int) -> Iterator[No
         updates: Done before; what is reported of them stays.
 
     Raises:
-        UserError: If the folder cannot be written or another run is at work in it.
+        UserError: If the folder cannot be written.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            where.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(where))
-            (where / _FINISHED).unlink(missing_ok=True)
-            files.write_text(where / _CONFIG, _text(config))
-            if not updates:
-                shutil.rmtree(where / "tensorboard", ignore_errors=True)
-            kept = [line for line in _lines(where / _METRICS) if _step_of(line) <= updates]
-            files.write_text(where / _METRICS, "".join(f"{line}\n" for line in kept))
-        except OSError as error:
-            raise UserError(f"--workdir={where} cannot be written ({error.strerror}); name another folder.") from None
-        yield
+    try:
+        (where / _FINISHED).unlink(missing_ok=True)
+        output.write_text(where / _CONFIG, _text(config))
+        if not updates:
+            shutil.rmtree(where / "tensorboard", ignore_errors=True)
+        kept = [line for line in _lines(where / _METRICS) if _step_of(line) <= updates]
+        output.write_text(where / _METRICS, "".join(f"{line}\n" for line in kept))
+    except OSError as error:
+        raise UserError(f"--workdir={where} cannot be written ({error.strerror}); name another folder.") from None
 
 
 def finish(where: pathlib.Path, updates: int) -> None:
     """Marks a run as finished after so many updates."""
-    files.write_text(where / _FINISHED, json.dumps({"updates": updates}) + "\n")
+    output.write_text(where / _FINISHED, json.dumps({"updates": updates}) + "\n")
 
 
 def read_config(where: pathlib.Path) -> dict[str, Any]:

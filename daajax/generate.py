@@ -4,12 +4,9 @@
 options. From a program, `daajax.generator.Generator` is what samples.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from daajax import checkpoint, command, files, prompts, run, sampling, sharding
+from daajax import checkpoint, command, folder, output, prompts, run, sampling, sharding
+from daajax.config import DTYPES, resolve, restored
 from daajax.console import say
 from daajax.data.tokenizer import check_vocabulary, load_tokenizer
 from daajax.errors import UserError
@@ -49,10 +47,8 @@ USAGE = """usage: python -m daajax.generate --model=DIR --prompt=TEXT [--option=
   --top_p=1.0            of those, from the most probable ones that together reach this probability
   --seed=0               with the model and the prompts it fixes every response
   --batch_size=64        responses sampled at once
-  --dtype=auto           compute dtype: float32, bfloat16, or auto, what config.json says of the weights
+  --dtype=auto           compute dtype: float32, bfloat16, or auto: as config.json says, or the run's
   --mesh=fsdp=-1         devices on the axes data, fsdp, tensor, such as data=2,tensor=4; -1 takes the rest"""
-
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +118,9 @@ def generate(options: Options) -> None:
         say(notice)
     check_prompts(tokens, architecture, options.max_tokens)
     stops = stop_ids(model.path, tokenizer)
-    output = None if options.output is None else pathlib.Path(options.output)
-    if output is not None:
-        check_output(output)
+    file = None if options.output is None else pathlib.Path(options.output)
+    if file is not None:
+        output.check(file)
     scorer = Scorer.make(
         architecture,
         mesh,
@@ -151,12 +147,12 @@ def generate(options: Options) -> None:
         batch_size=options.batch_size,
     )
     rows = list(rows_of(asked, tokens, samples, tokenizer))
-    if output is None:
+    if file is None:
         for row in rows:
             say(_readable(row))
     else:
-        write_rows(output, rows)
-        say(f"{len(rows)} responses are in {output}")
+        output.write_rows(file, rows)
+        say(f"{len(rows)} responses are in {file}")
 
 
 def model_of_directory(options: Options) -> Model:
@@ -173,8 +169,9 @@ def model_of_run(options: Options) -> Model:
     Raises:
         UserError: If there is no such run, or no such checkpoint.
     """
-    config, workdir, _ = command.parse_at(["generate", f"--workdir={options.workdir}"], "generate", {})
-    saved = checkpoint.Checkpoints(pathlib.Path(workdir))
+    workdir = pathlib.Path(str(options.workdir))
+    config = resolve(restored(folder.read_config(workdir)))
+    saved = checkpoint.Checkpoints(workdir)
     step = saved.choose(options.step)
     return Model(
         f"{workdir} after update {step}",
@@ -252,38 +249,6 @@ def _readable(row: dict[str, Any]) -> str:
     return f"\n{head}\n{prompt}{'' if isinstance(row['prompt'], str) else ' → '}{row['response']}"
 
 
-def check_output(path: pathlib.Path) -> None:
-    """Makes the folder of an output file, and refuses one that cannot be written before anything is sampled.
-
-    Raises:
-        UserError: If it cannot.
-    """
-    with _output(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-def write_rows(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Makes or replaces a file of JSON lines.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    with _output(path):
-        files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-@contextlib.contextmanager
-def _output(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output={path} cannot be written ({error.strerror}); name another file.") from None
-
-
 def parse(argv: Sequence[str]) -> Options:
     """From arguments, program name first, to options.
 
@@ -304,7 +269,7 @@ def parse(argv: Sequence[str]) -> Options:
     try:
         rest = values(list(argv))
     except flags.Error as error:
-        raise UserError(command.one_line(error)) from None
+        raise UserError(command.said_by(error)) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not understood; options look like --name=value, see --help.")
     if not values.model and not values.workdir:

@@ -4,8 +4,6 @@ The device side adds numbers up per micro-batch, as sums already divided by what
 host side fetches them once a log interval. A new number is a line in `of_examples`.
 """
 
-import json
-import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -17,9 +15,11 @@ import numpy as np
 import tensorboardX
 from jaxtyping import Array, Bool, Float, Int
 
+from daajax.console import say
 from daajax.data.packing import Plan
 from daajax.losses.objectives import Losses
 from daajax.losses.scores import Responses
+from daajax.output import as_json
 
 
 class Logged(NamedTuple):
@@ -110,9 +110,9 @@ class Clock:
         self._tokens = np.concatenate([[0], np.cumsum(tokens)])
         self._at, self._time = done, time.perf_counter()
 
-    def restart(self) -> None:
-        """Leaves out of the updates' time what was done between them."""
-        self._time = time.perf_counter()
+    def restart(self, done: int) -> None:
+        """Measures afresh from after so many updates, which the device has finished: what came since is left out."""
+        self._at, self._time = done, time.perf_counter()
 
     def read(self, t: int) -> dict[str, float]:
         """Numbers of the updates since the last call, including update t, which the device has finished."""
@@ -130,11 +130,6 @@ class Clock:
         }
 
 
-def as_json(values: Mapping[str, Any]) -> str:
-    """One line of JSON; a number that is not finite, for which JSON has no name, is null."""
-    return json.dumps({n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()})
-
-
 class Writer:
     """Appends to a run's `metrics.jsonl` and TensorBoard events.
 
@@ -148,14 +143,23 @@ class Writer:
         self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one JSON object and the same numbers as events; both are on disk when it returns."""
-        self._file.write(as_json({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Writes one JSON object and the same numbers as events; both are on disk when it returns.
+
+        A disk that does not take them is no reason to end a run: it is said, and they are written with the next ones.
+        """
+        try:
+            self._file.write(as_json({"step": step, **values}))
+            self._file.flush()
+        except OSError as error:
+            say(f"{self._file.name} cannot be written ({error.strerror}); the run goes on")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
 
     def close(self) -> None:
         """Closes both."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            say(f"{self._file.name} is not complete ({error.strerror})")
         self._events.close()

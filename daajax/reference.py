@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from daajax import files
+from daajax import output
 from daajax.console import Progress
 from daajax.data.batches import Batch, Batches
 from daajax.data.packing import Plan
@@ -106,7 +106,7 @@ class Cache:
         table = table.replace_schema_metadata({_HEADER: self._header.content})
         file = self.folder / f"part-{secrets.token_hex(8)}.parquet"
         try:
-            with files.replacing(file) as scratch:
+            with output.replacing(file) as scratch:
                 pq.write_table(table, scratch, compression="none", use_dictionary=False, write_page_checksum=True)
         except OSError as error:
             raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from daajax import reference, sharding
-from daajax.checkpoint import Checkpoints
+from daajax.checkpoint import Checkpoints, Record
 from daajax.config import Config, data_sources, shares
 from daajax.console import say
 from daajax.data import packing, windows
@@ -217,10 +217,13 @@ def params_at(config: Config, saved: Checkpoints, step: int, scorer: Scorer, mes
     """The parameters of a run after an update; step 0 is before the first.
 
     Raises:
-        UserError: If there is no sound checkpoint of that update.
+        UserError: If there is no sound checkpoint of that update, or the initial weights are not those of the run.
     """
     if step == 0:
-        return load_initial_params(config, scorer, mesh)
+        params = load_initial_params(config, scorer, mesh)
+        origin = Record(data="", model=weights.digest(params))
+        saved.check_origin(step, origin, forced=config.resume == "force")
+        return params
     shapes, shardings = param_layout(scorer, mesh)
     return saved.restore_params(
         step, jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
@@ -265,11 +268,13 @@ class Reference:
     Attributes:
         columns: Of each data set, the log-prob of each of its tokens, nats.
         policy: Digest of the weights that training starts from.
+        digest: Of the reference's weights.
         is_initial_policy: Whether the reference's weights are those.
     """
 
     columns: list[Float[np.ndarray, " _"]]
     policy: str
+    digest: str
     is_initial_policy: bool
 
 
@@ -328,7 +333,7 @@ def load_reference(
         columns.append(reference.column(data, examples, cache))
     del params
     gc.collect()
-    return Reference(columns, policy, digest == policy and same_architecture)
+    return Reference(columns, policy, digest, digest == policy and same_architecture)
 
 
 def most_tokens(config: Config, data: TokenizedData, plan: Plan) -> int:

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from daajax.errors import UserError
 
+LEAST_TEMPERATURE = 1e-4  # below it scores divided by it leave float32
+
 
 def check(*, temperature: float, top_k: int | None, top_p: float, samples: int) -> None:
     """Refuses numbers out of range, and those that could not act.
@@ -17,8 +19,11 @@ def check(*, temperature: float, top_k: int | None, top_p: float, samples: int) 
     Raises:
         UserError: If one of them is at fault.
     """
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature={temperature}: a number >= 0 is needed; 0 takes the most probable token.")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise UserError(
+            f"temperature={temperature}: at least {LEAST_TEMPERATURE} is needed, or 0, which takes the most probable "
+            "token."
+        )
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k={top_k}: an integer >= 1 is needed, or none at all to keep every token.")
     if not 0 < top_p <= 1:

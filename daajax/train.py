@@ -18,7 +18,7 @@ from daajax.config import Config, hyperparameters, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
 from daajax.data.windows import describe
-from daajax.errors import UserError
+from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
 from daajax.losses.terms import bind
 from daajax.models import weights
@@ -41,11 +41,15 @@ def train(config: Config, workdir: str) -> None:
         UserError: If anything the user can mend stands in the way.
     """
     where = pathlib.Path(workdir)
-    found = folder.examine(where, config)
-    if found == "finished":
-        say(f"{where} is finished: the model is in {where / 'model'}")
-        return
+    with folder.claimed(where, config) as found:
+        if found == "finished":
+            say(f"{where} is finished: the model is in {where / 'model'}")
+        else:
+            _train(config, where, found)
 
+
+def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
+    """A run in a folder that no other one works in."""
     # ------------------------------------------------------------------ what is trained, on what, where
     terms = bind(losses(config))
     architecture = read_architecture(config.model.path)
@@ -55,7 +59,8 @@ def train(config: Config, workdir: str) -> None:
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     data = run.load_data(config, config.data, architecture, terms)
     plan = run.make_plan(config, data, mesh)
-    for line in [describe(plan.updates, plan.batch_size, len(data.weights)), *plan.report()]:
+    mixed = config.data.weight is not None
+    for line in [describe(plan.updates, plan.batch_size, len(data.weights), mixed=mixed), *plan.report()]:
         say(f"plan: {line}")
     sets = [(data, plan)]
     if config.eval_data.path is not None:
@@ -105,7 +110,8 @@ def train(config: Config, workdir: str) -> None:
 
     # ------------------------------------------------------------------ reference, then its weights are gone
     saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
-    resumes, reference, columns, params = bool(saved.steps), None, [None] * len(sets), {}
+    resumes = bool(saved.steps)
+    params, reference, columns = {}, None, [None] * len(sets)
     if config.reference.mode != "none" or not resumes:
         params = run.load_initial_params(config, scorer, mesh)
     if config.reference.mode != "none":
@@ -115,7 +121,9 @@ def train(config: Config, workdir: str) -> None:
     evaluation = Evaluation(scorer, terms, *sets[1], columns[1], mesh) if sets[1:] else None
 
     # ------------------------------------------------------------------ the state, fresh or from a checkpoint
-    origin = checkpoint.Record(data=data.digest, model="" if reference is None else reference.policy)
+    origin = checkpoint.Record(data=data.digest, model="")
+    if reference is not None:
+        origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
     if resumes:
         params.clear()  # before the others come
         forced = config.resume == "force"
@@ -146,7 +154,7 @@ def train(config: Config, workdir: str) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(progress.close)
         stack.callback(saved.close)
-        writer = None
+        writer, is_saved = None, True
         for t in range(done, plan.updates):
             batch = sharding.place(mesh, batches[t])
             state, logged = update(state, batch, keys=plan.shape(t).keys)
@@ -155,12 +163,12 @@ def train(config: Config, workdir: str) -> None:
                 queued.popleft().block_until_ready()
             ends = t + 1 == plan.updates
             saves = ends or (t + 1) % config.checkpoint.every == 0
-            evaluates = evaluation and (
-                ends or (t + 1) % (config.eval.every or plan.updates) == 0 or (saves and config.checkpoint.best)
+            evaluates = evaluation is not None and (
+                ends
+                or (t + 1) % (config.eval.every or plan.updates) == 0
+                or (saves and config.checkpoint.best is not None)
             )
-            if t != done and not (ends or evaluates or (t + 1) % config.log.every == 0):
-                progress.advance()
-            else:
+            if t == done or ends or evaluates or (t + 1) % config.log.every == 0:
                 latest = {name: float(value) for name, value in jax.device_get(logged).items()}
                 if t == 0 and expected is not None:
                     expected.check(latest)
@@ -171,13 +179,15 @@ def train(config: Config, workdir: str) -> None:
                     )
                 latest |= clock.read(t)
                 if writer is None:  # the first update is sound: from here on there is something to keep
-                    stack.enter_context(folder.at_work(where, config, updates=done))
+                    folder.begin(where, config, updates=done)
                     writer = stack.enter_context(contextlib.closing(metrics.Writer(where, updates=done)))
                     earliest = latest
-                if evaluation and evaluates:
+                if evaluates and evaluation is not None:
                     latest |= _evaluated(evaluation, state.params, t + 1)
                 writer.write(t + 1, latest)
                 progress.advance({name: latest[name] for name in SHOWN if name in latest})
+            else:
+                progress.advance()
             if saves:
                 if not jax.jit(step.all_finite)(state.params):
                     raise UserError(
@@ -185,13 +195,13 @@ def train(config: Config, workdir: str) -> None:
                         "was written."
                     )
                 held_out = {name: latest[name] for name in latest if evaluates and name.startswith("eval/")}
-                saved.save(t + 1, state, dataclasses.replace(origin, metrics=held_out), wait=ends)
+                is_saved = saved.save(t + 1, state, dataclasses.replace(origin, metrics=held_out), wait=ends)
             if saves or evaluates:
-                clock.restart()
+                clock.restart(t + 1)
 
         # -------------------------------------------------------------- the result
         if writer is None:  # all was done before
-            stack.enter_context(folder.at_work(where, config, updates=done))
+            folder.begin(where, config, updates=done)
         weights.save(
             str(where / "model"),
             state.params,
@@ -199,6 +209,11 @@ def train(config: Config, workdir: str) -> None:
             model_path=config.model.path,
             tokenizer_path=run.tokenizer_path(config),
         )
+        if not is_saved:
+            raise UserError(
+                f"the model is in {where / 'model'}, but the last checkpoint could not be saved; make room, then start "
+                "the same command again."
+            )
         folder.finish(where, plan.updates)
     for name in SHOWN:
         if name in earliest:
@@ -216,7 +231,7 @@ def _evaluated(evaluation: Evaluation, params: Params, updates: int) -> dict[str
     try:
         values = evaluation(params)
     except Exception as error:  # whatever it is: hours of training are worth more
-        say(f"the evaluation after update {updates} failed ({' '.join(str(error).split())[:200]}); the run goes on")
+        say(f"the evaluation after update {updates} failed ({one_line(error)}); the run goes on")
         return {}
     shown = [f"{name} {values[f'eval/{name}']:.4g}" for name in SHOWN if f"eval/{name}" in values]
     say(f"evaluation after update {updates}: {', '.join(shown)}")

@@ -28,7 +28,8 @@ SMALL = "--config.model.dtype=float32 --config.remat=none --config.max_length=96
 
 def main() -> int:
     """Runs the stages and prints what came of them; returns the exit code."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    if FOLDER.exists():
+        shutil.rmtree(FOLDER)  # what is left of another demo would be taken for this one's
     seconds: dict[str, float] = {}
 
     with stage("world", "film reviews with a known reward, a tokenizer, a model without weights", seconds):
@@ -66,15 +67,16 @@ def main() -> int:
         after = read_rows(FOLDER / "after.jsonl")
 
     with stage("divergence", "how much likelier has it made what it writes?", seconds):
-        write_rows(FOLDER / "after_before.jsonl", world.side_by_side(after, before))
+        write_rows(FOLDER / "ended.jsonl", world.ended(after))
         run(f"""python -m daajax.evaluate --workdir={FOLDER}/dpo
-            --config.eval_data.path={FOLDER}/after_before.jsonl --output={FOLDER}/log_ratios.jsonl""")
+            --config.eval_data.path={FOLDER}/ended.jsonl --output={FOLDER}/log_ratios.jsonl""")
 
     results = Results(
         accuracy=read_rows(FOLDER / "dpo/evaluations.jsonl")[0]["eval/rewards/accuracies"],
         before=Estimate.of(world.reward(row["response"]) for row in before),
         after=Estimate.of(world.reward(row["response"]) for row in after),
         divergence=Estimate.of(row["log_ratios"][0] for row in read_rows(FOLDER / "log_ratios.jsonl")),
+        ended=len(read_rows(FOLDER / "ended.jsonl")),
     )
     return show(results, seconds, before, after)
 

@@ -35,12 +35,14 @@ class Results(NamedTuple):
         before: Reward of samples of the model that learned the language alone.
         after: Reward of samples of the aligned model.
         divergence: KL of the aligned model from the other one, nats a response: the mean log-ratio of its samples.
+        ended: Samples that it is the mean of: those that came to their end.
     """
 
     accuracy: float
     before: Estimate
     after: Estimate
     divergence: Estimate
+    ended: int
 
     @property
     def rise(self) -> float:
@@ -67,7 +69,7 @@ class Results(NamedTuple):
             ("", "before", "after", ""),
             (f"reward of {HELD_OUT} samples", self.before, self.after, rise),
             ("held-out accuracy", "-", f"{self.accuracy:.3f}", f"needed {ACCURACY:.3f}"),
-            ("KL to the reference, nats", "0", self.divergence, ""),
+            ("KL to the reference, nats", "0", self.divergence, f"of {self.ended} samples that ended"),
         ]
         lines = [f"{name:<28}  {before!s:>13}  {after!s:>13}  {note}".rstrip() for name, before, after, note in rows]
         times = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())

@@ -105,12 +105,12 @@ def preferences(samples: Iterable[Row]) -> list[Row]:
     ]
 
 
-def side_by_side(after: Iterable[Row], before: Iterable[Row]) -> list[Row]:
-    """Pairs of what two models wrote to the same prompts, the first as `chosen`; none where it is empty or the same."""
+def ended(samples: Iterable[Row]) -> list[Row]:
+    """Samples that came to their end, as `chosen`, so that their log-ratios can be had; `rejected` stands in."""
     return [
-        {"prompt": new["prompt"], "chosen": new["response"], "rejected": old["response"]}
-        for new, old in zip(after, before, strict=True)
-        if new["response"].strip() and old["response"].strip() and new["response"] != old["response"]
+        {"prompt": row["prompt"], "chosen": row["response"], "rejected": " ."}
+        for row in samples
+        if row["finished"] and row["response"].strip(" .")
     ]
 
 

@@ -41,7 +41,9 @@ ABSTRACT = abstract(make_state(0))
 
 
 def record(**metrics):
-    return checkpoint.Record("data", "model", {name.replace("_", "/"): value for name, value in metrics.items()})
+    return checkpoint.Record(
+        "data", "model", metrics={name.replace("_", "/"): value for name, value in metrics.items()}
+    )
 
 
 def save(saved, *steps, wait=True, **metrics):
@@ -164,7 +166,7 @@ def test_the_best_one_is_kept_besides_the_latest(tmp_path, best, values, expecte
     saved = checkpoint.Checkpoints(tmp_path, keep=1, best=best)
     for step, value in enumerate(values, 1):
         metrics = {} if value is None else {best: value, "eval/other": -float(step)}
-        saved.save(step, make_state(step), checkpoint.Record("data", "model", metrics), wait=True)
+        saved.save(step, make_state(step), checkpoint.Record("data", "model", metrics=metrics), wait=True)
     saved.close()
     assert saved.steps == expected
     finite = [step for step in expected if values[step - 1] is not None and math.isfinite(values[step - 1])]
@@ -229,11 +231,11 @@ def test_reading_touches_nothing_that_a_run_is_writing(tmp_path):
 def test_what_an_interrupted_save_left_behind_is_removed_by_the_next(saved):
     save(saved, 1)
     saved.close()
-    (saved.where / "2.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    (saved.where / "7.orbax-checkpoint-tmp-1234").mkdir()
+    (saved.folder / "2.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (saved.folder / "7.orbax-checkpoint-tmp-1234").mkdir()
     assert saved.restore_latest(ABSTRACT)[0] == 1
     save(saved, 2)
-    assert sorted(path.name for path in saved.where.iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -288,8 +290,11 @@ def test_a_failed_save_is_said_and_cleaned_up_and_the_next_one_succeeds(saved, f
     calls = full(2, 3)
     save(saved, 1, 2, 3, 4)
     said = capsys.readouterr().out
-    assert "the checkpoint of update 2 could not be saved ([Errno 28] No space left on device); the run goes on" in said
-    assert sorted(path.name for path in saved.where.iterdir()) == ["1", "4"]
+    assert (
+        "the checkpoint of update 2 could not be saved (OSError: [Errno 28] No space left on device); the run goes on"
+        in said
+    )
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["1", "4"]
     assert calls == [1, 2, 3, 4]
 
 
@@ -333,7 +338,7 @@ def test_failures_in_the_background_end_a_run_too(saved, small_files):
     small_files(resource.RLIM_INFINITY)
     assert "\n" not in str(error.value)
     assert saved.steps == [1]
-    assert [path.name for path in saved.where.iterdir()] == ["1"]
+    assert [path.name for path in saved.folder.iterdir()] == ["1"]
 
 
 # ---------------------------------------------------------------------- damage

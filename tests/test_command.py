@@ -293,8 +293,8 @@ def test_a_process_ends_with_1_and_one_line(tmp_path, module, arguments, says):
 def run(world, tmp_path):
     """The folder of a run, so far as a command reads it."""
     config, _ = worlds.parse(*world.flags, "--config.extra_losses=({'name':'sft','weight':0.2},)")
-    with folder.at_work(tmp_path / "run", config, updates=0):
-        pass
+    (tmp_path / "run").mkdir()
+    folder.begin(tmp_path / "run", config, updates=0)
     return tmp_path / "run"
 
 
@@ -314,8 +314,8 @@ def test_the_config_of_a_run_is_read_back_as_it_was(world, run):
 def test_what_a_run_had_unset_is_unset(world, tmp_path, name):
     length = ("--config.epochs=1.0", "--config.steps=None")
     config, _ = worlds.parse(*world.flags, *length, f"--config.{name}=None")
-    with folder.at_work(tmp_path / "run", config, updates=0):
-        pass
+    (tmp_path / "run").mkdir()
+    folder.begin(tmp_path / "run", config, updates=0)
     found, _, _ = parse_at("--workdir", str(tmp_path / "run"))
     assert found.to_dict() == config.to_dict()
 
@@ -325,8 +325,8 @@ def test_what_a_run_had_unset_is_unset(world, tmp_path, name):
 )
 def test_a_runs_own_loss_is_read_back(world, tmp_path, loss):
     config, _ = worlds.parse(*world.flags, f"--config.loss={loss}")
-    with folder.at_work(tmp_path / "run", config, updates=0):
-        pass
+    (tmp_path / "run").mkdir()
+    folder.begin(tmp_path / "run", config, updates=0)
     found, _, _ = parse_at(f"--workdir={tmp_path / 'run'}")
     assert found.loss.to_dict() == config.loss.to_dict()
 
@@ -417,3 +417,10 @@ def test_help_at_a_run_names_its_options(module, option):
     assert result.returncode == 0
     assert f"usage: python -m daajax.{module} --workdir=DIR [--step=…]" in result.stdout
     assert option in result.stdout
+
+
+@pytest.mark.parametrize(("words", "steps"), [(("None", "7"), 7), (("7", "None"), None), (("3", "None", "4"), 4)])
+def test_the_last_of_several_overrides_counts(world, words, steps):
+    epochs = ["--config.epochs=1.0"] if steps is None else []
+    config, _ = worlds.parse(*world.flags, *epochs, *(f"--config.steps={word}" for word in words))
+    assert config.steps == steps

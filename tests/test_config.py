@@ -1,5 +1,7 @@
 """Every option of `configs/base.py` acts, or is refused: changed alone, each one changes what a run does."""
 
+import re
+
 import pytest
 
 from configs import base
@@ -135,19 +137,19 @@ BASES = {  # what the changed config is compared with, where it is not the world
 ELSEWHERE = {  # option: the test, here or beside, that changes it
     "check_first_loss": "test_train: the check can be turned off",
     "checkpoint.best": "test_checkpoint: the best one is kept besides the latest",
-    "checkpoint.every": "test_checkpoint: there is one every so often and of the last update",
+    "checkpoint.every": "test_resume: checkpoints come every so often and of the last update",
     "checkpoint.keep": "test_checkpoint: the latest are kept",
     "data.cache_dir": "test_folders_are_where_they_are_said_to_be",
     "data.max_bad_rows": "test_bad_rows_are_tolerated_up_to_a_number",
-    "data.name": "test_data: every source trains a model",
+    "data.name": "test_data: every source trains the same model",
     "data.path": "test_bad_input: data that cannot be read are named",
     "data.split": "test_data: a split is chosen",
     "eval.every": "test_evaluate: evaluations come every so often and last",
-    "eval_data.cache_dir": "test_data: held-out data are read by the options of their own",
-    "eval_data.max_bad_rows": "test_data: held-out data are read by the options of their own",
-    "eval_data.name": "test_data: held-out data are read by the options of their own",
-    "eval_data.path": "test_data: held-out data are read by the options of their own",
-    "eval_data.split": "test_data: held-out data are read by the options of their own",
+    "eval_data.cache_dir": "test_data: held out data are read by the options of their own",
+    "eval_data.max_bad_rows": "test_data: held out data are read by the options of their own",
+    "eval_data.name": "test_data: held out data are read by the options of their own",
+    "eval_data.path": "test_data: held out data are read by the options of their own",
+    "eval_data.split": "test_data: held out data are read by the options of their own",
     "log.every": "test_train: metrics come every so often",
     "model.path": "test_bad_input: a damaged model directory is named",
     "model.random_init": "test_reference: fresh weights are a reference like any other",
@@ -163,13 +165,21 @@ ELSEWHERE = {  # option: the test, here or beside, that changes it
     "reference.cache_dir": "test_folders_are_where_they_are_said_to_be",
     "reference.mode": "test_reference: without a reference nothing is scored",
     "reference.path": "test_reference: another model is a reference",
-    "resume": "test_checkpoint: another config is refused unless forced",
+    "resume": "test_folder: what is refused can be forced",
     "tokenizer.path": "test_bad_input: a tokenizer of its own is checked too",
 }
 
 
 def test_every_option_has_a_test():
     assert sorted([*CASES, *ELSEWHERE]) == LEAVES
+
+
+@pytest.mark.parametrize("option", ELSEWHERE)
+def test_the_test_of_an_option_is_there(option):
+    file, _, words = ELSEWHERE[option].rpartition(": ")
+    path = worlds.ROOT / "tests" / f"{file or 'test_config'}.py"
+    name = re.sub(r"\W", "_", words.removeprefix("test_"))
+    assert f"def test_{name}" in path.read_text(), f"{path.name} has no test_{name}"
 
 
 def flags_of(world, chat, option):

@@ -20,7 +20,9 @@ from tests import worlds
 
 FILES = ("reviews.jsonl", "prompts.jsonl", "held_out.jsonl")
 MODEL_FILES = ("model/config.json", "model/tokenizer.json", "model/tokenizer_config.json")
-GOOD = Results(accuracy=0.9, before=Estimate(0.0, 0.3), after=Estimate(2.0, 0.4), divergence=Estimate(3.0, 0.1))
+GOOD = Results(
+    accuracy=0.9, before=Estimate(0.0, 0.3), after=Estimate(2.0, 0.4), divergence=Estimate(3.0, 0.1), ended=250
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +112,14 @@ def test_preferences_pair_the_best_response_to_a_prompt_with_the_worst():
     assert world.preferences(samples) == [{"prompt": "a", "chosen": " superb", "rejected": " dull"}]
 
 
-def test_only_what_differs_is_compared():
-    before = [{"prompt": prompt, "response": text} for prompt, text in (("a", " x"), ("b", " y"), ("c", ""))]
-    after = [{"prompt": prompt, "response": text} for prompt, text in (("a", " z"), ("b", " y"), ("c", " z"))]
-    assert world.side_by_side(after, before) == [{"prompt": "a", "chosen": " z", "rejected": " x"}]
+def test_what_came_to_its_end_is_scored_against_a_stand_in():
+    samples = [
+        {"prompt": "a", "response": " z", "finished": True},
+        {"prompt": "b", "response": " y", "finished": False},
+        {"prompt": "c", "response": " ", "finished": True},
+        {"prompt": "d", "response": " .", "finished": True},
+    ]
+    assert world.ended(samples) == [{"prompt": "a", "chosen": " z", "rejected": " ."}]
 
 
 def test_an_estimate_has_its_standard_error():

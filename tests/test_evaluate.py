@@ -293,7 +293,7 @@ def test_the_report_has_a_line_an_evaluation(copy, held_out):
 
 
 def test_a_number_that_is_none_is_null_in_the_report(copy, monkeypatch):
-    monkeypatch.setattr(evaluation.Evaluation, "__call__", lambda *_: {"eval/loss": math.nan})
+    monkeypatch.setattr(evaluation.Evaluation, "report", lambda *_: {"eval/loss": math.nan})
     evaluate(copy)
     text = (copy / "evaluations.jsonl").read_text().splitlines()[-1]
     assert json.loads(text, parse_constant=_refused)["eval/loss"] is None
@@ -337,3 +337,21 @@ def test_a_damaged_checkpoint_is_one_line(copy):
     with pytest.raises(UserError, match=r"checkpoint .*/5 is damaged \(.*\); use another --step") as error:
         evaluate(copy)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", [(), ("--step=0",)])
+def test_other_weights_under_the_models_path_are_refused(tmp_path, step):
+    own = worlds.make_world(tmp_path)
+    worlds.train(tmp_path / "run", *own.flags, "--config.steps=1")
+    worlds.make_model(own.model, seed=1)
+    line = [f"--workdir={tmp_path / 'run'}", f"--config.eval_data.path={own.data}", *step]
+    with worlds.visible(1):
+        config, workdir, values = command.parse_at(["evaluate", *line], "evaluate", {"step": int, "output": str})
+        with pytest.raises(UserError, match="the weights of the model changed since the checkpoint"):
+            evaluation.evaluate(config, workdir, step=values["step"])
+
+
+def test_the_best_by_rewards_needs_a_loss_that_has_some(world):
+    flags = (f"--config.eval_data.path={world.data}", "--config.loss={'name':'sft'}", "--config.reference.mode=none")
+    with pytest.raises(UserError, match=r"loss 'sft' has no rewards; set it to 'eval/loss'"):
+        worlds.parse(*world.flags, *flags, "--config.checkpoint.best=eval/rewards/margins")

@@ -56,9 +56,19 @@ def change(where, name):
     (where / "config.json").write_text(json.dumps(stored))
 
 
-def begin(where, options):
-    with folder.at_work(where, options, updates=0):
-        pass
+def finish(where, updates):
+    (where / "model").mkdir()
+    folder.finish(where, updates)
+
+
+def state(where, options):
+    with folder.claimed(where, options) as found:
+        return found
+
+
+def begin(where, options, updates=0):
+    with folder.claimed(where, options):
+        folder.begin(where, options, updates=updates)
 
 
 # ---------------------------------------------------------------------- what may change
@@ -72,7 +82,7 @@ def test_what_may_change_is_among_the_options():
 def test_every_option_is_either_free_or_refused(begun, options, capsys, name):
     change(begun, name)
     if name in FREE:
-        assert folder.examine(begun, options) == "unfinished"
+        assert state(begun, options) == "unfinished"
         assert re.fullmatch(rf"config: {name} was .*, is .*\n", capsys.readouterr().out)
         return
     with pytest.raises(UserError, match=rf"holds a run of another config: {name} was .*, is .*; name another folder"):
@@ -81,29 +91,39 @@ def test_every_option_is_either_free_or_refused(begun, options, capsys, name):
 
 @pytest.mark.parametrize("name", [name for name in LEAVES if name not in FREE])
 def test_what_is_refused_can_be_forced(begun, world, capsys, name):
-    if name == "resume":
-        return
     change(begun, name)
-    assert folder.examine(begun, worlds.parse(*world.flags, "--config.resume=force")[0]) == "unfinished"
+    assert state(begun, worlds.parse(*world.flags, "--config.resume=force")[0]) == "unfinished"
     assert re.search(rf"config: {name} was .* \(forced\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_a_finished_run_is_unfinished_only_if_its_length_changes(begun, options, name):
-    folder.finish(begun, 5)
+def test_a_finished_run_is_unfinished_only_if_its_length_changes(begun, options, capsys, name):
+    finish(begun, 5)
     assert folder.examine(begun, options) == "finished"
     change(begun, name)
     if name in FREE:
         expected = "unfinished" if name in ("steps", "epochs") else "finished"
-        assert folder.examine(begun, options) == expected
+        assert state(begun, options) == expected
+        assert ("this does nothing, the run is finished" in capsys.readouterr().out) == (expected == "finished")
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_never_goes_on_with_nothing(begun, world, finished):
     if finished:
-        folder.finish(begun, 5)
+        finish(begun, 5)
     with pytest.raises(UserError, match="resume='never' goes on with none; name another folder"):
         folder.examine(begun, worlds.parse(*world.flags, "--config.resume=never")[0])
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "data", "resume", "seed"])
+def test_an_option_that_the_runs_version_did_not_have_had_its_default(begun, options, name):
+    stored = json.loads((begun / "config.json").read_text())
+    if name == "data":
+        del stored["data"]["max_bad_rows"], stored["data"]["truncation"]
+    else:
+        del stored[name]
+    (begun / "config.json").write_text(json.dumps(stored))
+    assert folder.examine(begun, options) == "unfinished"
 
 
 def test_an_option_of_a_later_version_is_a_difference(begun, options):
@@ -159,19 +179,34 @@ def test_a_config_that_cannot_be_written_whole_is_not_there(world, tmp_path, mon
 
 
 def test_a_second_run_is_refused_and_told_who_is_at_work(begun, options):
-    with folder.at_work(begun, options, updates=0):
+    with folder.claimed(begun, options):
         line = rf"another run is at work there \(process {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\d .*\); wait for it"
         with pytest.raises(UserError, match=line):
-            folder.examine(begun, options)
-        with pytest.raises(UserError, match=line):
             begin(begun, options)
-    assert folder.examine(begun, options) == "unfinished"
+    with folder.claimed(begun, options) as found:
+        assert found == "unfinished"
+
+
+def test_two_new_runs_never_share_a_folder(options, tmp_path):
+    with folder.claimed(tmp_path / "new", options) as found:
+        assert found == "new"
+        with pytest.raises(UserError, match="another run is at work there"):
+            begin(tmp_path / "new", options)
+    assert not (tmp_path / "new").exists()  # nothing was begun, nothing is left
+
+
+def test_a_run_that_finished_meanwhile_is_seen(begun, options, monkeypatch):
+    """Another run may finish between the first look at the folder and the lock."""
+    found = ["unfinished", "finished"]
+    monkeypatch.setattr(folder, "examine", lambda where, config: found.pop(0))
+    with folder.claimed(begun, options) as state:
+        assert state == "finished"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, MemoryError])
 def test_a_run_that_ends_lets_go_of_its_folder(begun, options, error):
     def end():
-        with folder.at_work(begun, options, updates=0):
+        with folder.claimed(begun, options):
             raise error
 
     with pytest.raises(error):
@@ -208,7 +243,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(options, tmp_pa
 
 
 def test_a_finished_run_may_be_read_only(begun, options, monkeypatch):
-    folder.finish(begun, 5)
+    finish(begun, 5)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert folder.examine(begun, options) == "finished"
 
@@ -216,9 +251,8 @@ def test_a_finished_run_may_be_read_only(begun, options, monkeypatch):
 def test_a_lock_that_cannot_be_taken_is_one_line(begun, options):
     (begun / ".lock").unlink()
     (begun / ".lock").mkdir()
-    for act in (folder.examine, begin):
-        with pytest.raises(UserError, match=r"\.lock cannot be written \(Is a directory\)"):
-            act(begun, options)
+    with pytest.raises(UserError, match=r"\.lock cannot be written \(Is a directory\)"):
+        begin(begun, options)
 
 
 # ---------------------------------------------------------------------- what is foreign or damaged
@@ -262,18 +296,18 @@ def test_only_whole_lines_of_updates_that_are_done_remain(begun, options, conten
     (begun / "metrics.jsonl").unlink()
     if content is not None:
         (begun / "metrics.jsonl").write_bytes(content)
-    with folder.at_work(begun, options, updates=updates):
-        assert (begun / "metrics.jsonl").read_bytes() == expected
+    begin(begun, options, updates)
+    assert (begun / "metrics.jsonl").read_bytes() == expected
 
 
 @pytest.mark.parametrize(("updates", "there"), [(0, False), (2, True)])
 def test_events_of_a_run_that_begins_again_are_void(begun, options, updates, there):
     (begun / "tensorboard").mkdir()
-    with folder.at_work(begun, options, updates=updates):
-        assert (begun / "tensorboard").is_dir() == there
+    begin(begun, options, updates)
+    assert (begun / "tensorboard").is_dir() == there
 
 
-def test_a_run_at_work_is_not_finished(begun, options):
-    folder.finish(begun, 3)
-    with folder.at_work(begun, options, updates=3):
-        assert not (begun / "finished").exists()
+def test_a_run_that_goes_on_is_not_finished(begun, options):
+    finish(begun, 3)
+    folder.begin(begun, options, updates=3)
+    assert not (begun / "finished").exists()

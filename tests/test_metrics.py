@@ -8,6 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from daajax import metrics
+from daajax.data.packing import Plan, Shape
 from daajax.losses.objectives import Losses
 from daajax.losses.scores import Responses
 
@@ -125,3 +126,51 @@ def test_events_hold_the_same_numbers(tmp_path):
     assert events == pytest.approx(
         {(step, name): value for step, values in WRITTEN.items() for name, value in values.items()}, rel=1e-6
     )
+
+
+# ---------------------------------------------------------------------- the clock
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """A clock of a run of 20 updates of two examples, and the seconds it reads."""
+    seconds = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: seconds[0])
+    windows = np.arange(40).reshape(20, 2) % 10
+    places = np.zeros_like(windows)
+    plan = Plan(windows, places, (Shape(128, 2, 8, 128),), places[:, 0], 1, 1, True, {"length": 0.5}, ())
+    lengths = np.stack([np.arange(10), np.ones(10, int)], axis=1)  # example n has n + 1 tokens
+    return lambda done: metrics.Clock(plan, lengths, done), seconds
+
+
+def test_the_clock_divides_by_the_updates_since_it_was_read(clocked):
+    make, seconds = clocked
+    clock = make(0)
+    seconds[0] += 4.0
+    read = clock.read(3)  # updates 0 to 3 hold examples 0 to 7
+    assert read["update_seconds"] == 1.0
+    assert read["pairs_per_second"] == 2.0
+    assert (read["num_tokens"], read["tokens_per_second"]) == (36, 9.0)
+    assert read["epoch"] == 0.8
+    seconds[0] += 1.0
+    assert clock.read(4)["update_seconds"] == 1.0
+
+
+def test_the_clock_leaves_out_what_was_done_between_updates(clocked):
+    make, seconds = clocked
+    clock = make(0)
+    seconds[0] += 7.0
+    clock.restart(7)  # a checkpoint after 7 updates of a second each …
+    seconds[0] += 50.0
+    clock.restart(7)  # … took 50 seconds
+    seconds[0] += 3.0
+    assert clock.read(9)["update_seconds"] == 1.0
+
+
+def test_a_run_that_goes_on_counts_from_where_it_was(clocked):
+    make, seconds = clocked
+    clock = make(5)
+    seconds[0] += 2.0
+    read = clock.read(5)
+    assert read["update_seconds"] == 2.0
+    assert read["num_tokens"] == 55 + 3  # an epoch, then examples 0 and 1

@@ -237,7 +237,7 @@ def test_the_last_update_is_saved_once(world, tmp_path, monkeypatch):
 
     def spy(self, step, *arguments, wait):
         saves.append((step, wait))
-        save(self, step, *arguments, wait=wait)
+        return save(self, step, *arguments, wait=wait)
 
     monkeypatch.setattr(Checkpoints, "save", spy)
     worlds.train(tmp_path / "run", *world.flags, "--config.steps=4", *EVERY)
@@ -426,6 +426,58 @@ def test_a_full_disk_does_not_end_a_run_at_once(world, whole, tmp_path, monkeypa
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     history = worlds.train(tmp_path / "run", *world.flags, *EVERY)
-    assert "the checkpoint of update 2 could not be saved ([Errno 28] No space" in capsys.readouterr().out
+    assert "the checkpoint of update 2 could not be saved (OSError: [Errno 28] No space" in capsys.readouterr().out
     assert columns(history) == columns(whole[1])
     assert Checkpoints(tmp_path / "run").steps == [5]
+
+
+def test_checkpoints_come_every_so_often_and_of_the_last_update(world, tmp_path):
+    worlds.train(tmp_path / "run", *world.flags, "--config.checkpoint.every=2", "--config.checkpoint.keep=9")
+    assert Checkpoints(tmp_path / "run").steps == [2, 4, 5]
+
+
+def test_another_reference_under_the_same_path_is_refused_unless_forced(world, tmp_path, capsys):
+    other = worlds.make_model(tmp_path / "other", seed=1)
+    flags = (*world.flags, "--config.reference.mode=path", f"--config.reference.path={other}")
+    worlds.train(tmp_path / "run", *flags, "--config.steps=1")
+    worlds.make_model(other, seed=2)
+    with pytest.raises(UserError, match="the weights of the reference changed since the checkpoint was made"):
+        worlds.train(tmp_path / "run", *flags, "--config.steps=2")
+    worlds.train(tmp_path / "run", *flags, "--config.steps=2", "--config.resume=force")
+    assert "the weights of the reference changed since the checkpoint was made" in capsys.readouterr().out
+
+
+def test_a_run_whose_last_checkpoint_is_not_saved_is_not_finished(world, whole, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(UserError, match=r"the model is in .*/model, but the last checkpoint could not be saved"):
+            worlds.train(tmp_path / "run", *world.flags)
+    assert (tmp_path / "run" / "model").is_dir()
+    assert not (tmp_path / "run" / "finished").exists()
+    again = worlds.train(tmp_path / "run", *world.flags)
+    assert [values["step"] for values in again] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_without_its_model_writes_it_again(world, tmp_path):
+    worlds.train(tmp_path / "run", *world.flags, "--config.steps=1")
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "model")
+    worlds.train(tmp_path / "run", *world.flags, "--config.steps=1")
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "Permission denied")])
+def test_what_keeps_a_checkpoint_from_being_read_is_not_taken_for_damage(world, tmp_path, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    worlds.train(tmp_path / "run", *world.flags, "--config.steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.Checkpointer.restore", fail)
+        with pytest.raises(type(error)):
+            worlds.train(tmp_path / "run", *world.flags, "--config.steps=2")
+    assert Checkpoints(tmp_path / "run").steps == [1]
+    assert not (tmp_path / "run" / "damaged-checkpoints").exists()

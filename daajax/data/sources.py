@@ -18,7 +18,7 @@ import numpy as np
 from daajax.data.bad_rows import BadRow, BadRows
 from daajax.data.files import READERS, Address, Row, Rows, arrow_rows, find, json_rows, parquet_rows
 from daajax.data.rows import Example, described, parse, unused_names
-from daajax.errors import UserError
+from daajax.errors import UserError, one_line
 
 JSONL = (".jsonl", ".jsonl.gz")
 ODDITIES = ("examples_with_later_turns", "examples_sorted_by_score", "pairs_scored_against_their_order")
@@ -208,7 +208,7 @@ def tfds(address: Address) -> Source:
     except UserError:
         raise
     except Exception as error:  # it raises nearly anything
-        reason = f"{_one_line(error)}; it needs file_format array_record or parquet"
+        reason = f"{one_line(error)}; it needs file_format array_record or parquet"
         raise address.refused(f"cannot be read as a prepared data set ({reason})") from error
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     return Source(address, files, lambda: _prepared_rows(data, address, split))
@@ -242,7 +242,7 @@ def _saved(address: Address, folder: Path) -> Source:
         state = json.loads((folder / "state.json").read_bytes())
         files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise address.refused(f"has a state.json that cannot be used ({_one_line(error)}); save it again") from error
+        raise address.refused(f"has a state.json that cannot be used ({one_line(error)}); save it again") from error
     return _in_files(address, files, arrow_rows)
 
 
@@ -262,7 +262,7 @@ def _from_the_hub(address: Address) -> Source:
         found = datasets.load_dataset(name[1], name[2], revision=name[3])
     except Exception as error:  # it raises nearly anything
         raise address.refused(
-            f"is no folder, and the Hub gives no such data set ({_one_line(error)}); check the name and the network, "
+            f"is no folder, and the Hub gives no such data set ({one_line(error)}); check the name and the network, "
             "or download it elsewhere and name the folder"
         ) from error
     split = address.choose([str(name) for name in found])
@@ -281,7 +281,7 @@ def _prepared_rows(data: Any, address: Address, split: str) -> Rows:
                 row = BadRow(f"not UTF-8 at byte {error.start} of a text")
             yield f"{Path(address.path)}/{split}:{place + 1}", row
     except Exception as error:  # it raises nearly anything
-        raise address.refused(f"cannot be read at row {place + 1} ({_one_line(error)}); prepare it again") from error
+        raise address.refused(f"cannot be read at row {place + 1} ({one_line(error)}); prepare it again") from error
 
 
 def _plain(value: Any) -> Any:
@@ -293,11 +293,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
-
-
-def _one_line(error: Exception) -> str:
-    """What a library says, as part of one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 SOURCES: dict[str, Callable[[Address], Source]] = {

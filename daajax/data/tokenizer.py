@@ -11,7 +11,7 @@ import jinja2
 
 from daajax.data.bad_rows import BadRow
 from daajax.data.rows import Messages
-from daajax.errors import UserError
+from daajax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +58,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     except UserError:
         raise
     except Exception as error:  # transformers and tokenizers raise nearly anything here
-        raise UserError(f"tokenizer.path={path} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"tokenizer.path={path} cannot be loaded: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer.path={path} is a slow tokenizer, without offsets; needed a fast one (tokenizer.json)"
@@ -100,7 +100,7 @@ def template_text(template: str | None) -> str | None:
         return Path(template).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"chat.template={template} cannot be read ({_one_line(error)}); needed a Jinja file or its text"
+            f"chat.template={template} cannot be read ({one_line(error)}); needed a Jinja file or its text"
         ) from error
 
 
@@ -159,13 +159,8 @@ def render(tokenizer: "PreTrainedTokenizerFast", template: str, messages: Messag
         )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
-            f"the chat template is not valid Jinja: {_one_line(error)}; mend it or set chat.template"
+            f"the chat template is not valid Jinja: {one_line(error)}; mend it or set chat.template"
         ) from error
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BadRow(f"the chat template cannot render it: {_one_line(error)}") from error
+        raise BadRow(f"the chat template cannot render it: {one_line(error)}") from error
     return str(text)
-
-
-def _one_line(error: Exception) -> str:
-    """What a library says, as part of one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

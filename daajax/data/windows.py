@@ -13,13 +13,11 @@ from daajax.errors import UserError
 BALANCED_WITHIN = 0.01  # relative spread of the windows' token totals that swaps aim at
 
 
-def describe(updates: int, batch_size: int, examples: int) -> str:
-    """One line: how many updates, epochs and examples, and what the last epoch leaves over."""
+def describe(updates: int, batch_size: int, examples: int, *, mixed: bool = False) -> str:
+    """One line: how many updates, epochs and examples; unless sources are mixed, what the last epoch leaves over."""
     used = updates * batch_size
-    return (
-        f"{updates} updates of {batch_size} examples: {used / examples:.2f} epochs of {examples}; "
-        f"{-used % examples} examples of the last epoch are not used"
-    )
+    line = f"{updates} updates of {batch_size} examples: {used / examples:.2f} epochs of {examples}"
+    return line if mixed else f"{line}; {-used % examples} examples of the last epoch are not used"
 
 
 def updates_of(*, steps: int | None, epochs: float | None, examples: int, batch_size: int) -> int:

@@ -18,12 +18,13 @@ from daajax.losses.scores import Responses
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """An objective with its hyper-parameters, and its weight in the loss."""
+    """An objective with its hyper-parameters, its weight in the loss, and whether it has rewards."""
 
     name: str
     objective: Objective
     loss: Callable[[Responses], Losses]
     weight: float = 1.0
+    has_rewards: bool = True
 
 
 def bind(losses: Sequence[Mapping[str, Any]]) -> tuple[Term, ...]:
@@ -61,18 +62,18 @@ def bind(losses: Sequence[Mapping[str, Any]]) -> tuple[Term, ...]:
             )
         function = functools.partial(objective.function, **arguments)
         try:
-            _trace(function, objective)
+            traced = _trace(function, objective)
         except ValueError as error:
             raise UserError(f"loss {name!r}: {error}") from None
-        terms.append(Term(name, objective, function, float(weight)))
+        terms.append(Term(name, objective, function, float(weight), traced.rewards is not None))
     return tuple(terms)
 
 
-def _trace(function: Callable[[Responses], Losses], objective: Objective) -> None:
+def _trace(function: Callable[[Responses], Losses], objective: Objective) -> Losses:
     """Traces an objective on nothing, so that a hyper-parameter out of range is known before anything is compiled."""
 
     def traced(logps: Array, lengths: Array) -> Losses:
         return function(Responses(logps, logps if objective.reference else None, lengths))
 
     shape = (1, objective.responses or 2)
-    jax.eval_shape(traced, np.zeros(shape, np.float32), np.ones(shape, np.int32))
+    return jax.eval_shape(traced, np.zeros(shape, np.float32), np.ones(shape, np.int32))

@@ -248,7 +248,7 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
     try:
         _save(pathlib.Path(path), params, architecture, model_path, tokenizer_path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}); make room, or name another --workdir.") from None
+        raise UserError(f"{path} cannot be written ({error}); make room, or name another folder.") from None
 
 
 def _save(
@@ -263,14 +263,12 @@ def _save(
             copy = partial / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+    aside = target.with_name(target.name + ".old")
     if target.exists():  # set aside first, so that there is always a whole one
-        aside = target.with_name(target.name + ".old")
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
-        partial.rename(target)
-        shutil.rmtree(aside)
-    else:
-        partial.rename(target)
+    partial.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 import pytest
 
-from daajax import files
+from daajax import output
 
 
 def test_a_file_is_made_and_replaced(tmp_path):
-    files.write_text(tmp_path / "a.json", "ä\n")
-    files.write_text(tmp_path / "a.json", "b\n")
+    output.write_text(tmp_path / "a.json", "ä\n")
+    output.write_text(tmp_path / "a.json", "b\n")
     assert (tmp_path / "a.json").read_bytes() == b"b\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_text_is_utf_8_whatever_the_locale_says(tmp_path):
-    files.write_text(tmp_path / "a", "ä")
+    output.write_text(tmp_path / "a", "ä")
     assert (tmp_path / "a").read_bytes() == b"\xc3\xa4"
 
 
@@ -25,7 +25,7 @@ def test_what_fails_leaves_what_was_there(tmp_path, before, written):
         path.write_text(before)
 
     def fail():
-        with files.replacing(path) as scratch:
+        with output.replacing(path) as scratch:
             if written is not None:
                 scratch.write_text(written)
             raise KeyboardInterrupt
@@ -39,7 +39,7 @@ def test_the_old_file_is_there_until_the_new_one_is_on_disk(tmp_path, monkeypatc
     (tmp_path / "a").write_text("old")
     seen = []
     monkeypatch.setattr("os.fsync", lambda _: seen.append((tmp_path / "a").read_text()))
-    files.write_text(tmp_path / "a", "new")
+    output.write_text(tmp_path / "a", "new")
     assert seen == ["old"]
     assert (tmp_path / "a").read_text() == "new"
 
@@ -47,5 +47,5 @@ def test_the_old_file_is_there_until_the_new_one_is_on_disk(tmp_path, monkeypatc
 def test_a_folder_in_the_way_is_an_error_and_leaves_nothing(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     with pytest.raises(OSError, match="directory"):
-        files.write_text(tmp_path / "a", "x")
+        output.write_text(tmp_path / "a", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,84 @@
+"""Output files: there whole or not at all, and as JSON lines."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from daajax.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path beside `path` to write to: what is written there takes the place of `path` once it is on disk.
+
+    If the block raises, `path` is as it was and nothing is left beside it.
+
+    Args:
+        path: The file to make or replace; its folder exists.
+    """
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield scratch
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
+        scratch.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Makes or replaces a text file, UTF-8."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """One line of JSON; a number that is not finite, for which JSON has no name, is null."""
+    return json.dumps(_finite(values), ensure_ascii=False) + "\n"
+
+
+def check(path: pathlib.Path) -> None:
+    """Makes the folder of what `--output` names, and refuses a file that cannot be written before the work is done.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    with _refused(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Makes or replaces the JSON lines that `--output` names.
+
+    Raises:
+        UserError: If they cannot be written.
+    """
+    with _refused(path):
+        write_text(path, "".join(map(as_json, rows)))
+
+
+@contextlib.contextmanager
+def _refused(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written ({error.strerror}); name another file.") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
