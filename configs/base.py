@@ -132,7 +132,7 @@ def get_config() -> Any:
 
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every = 500  # updates; there is always one of the last update
-    config.checkpoint.keep = 1  # latest ones
+    config.checkpoint.keep = 2  # latest ones; with one, there is none to fall back on if it is damaged
     # keep the best too: by eval/loss, eval/rewards/accuracies or eval/rewards/margins; evaluates before each checkpoint
     config.checkpoint.best = optional_text()
     # what an unfinished run in the workdir means: auto: go on with it, if the config still fits; never: refuse it;

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 import pathlib
 import re
 import runpy
@@ -89,8 +90,10 @@ def end(
         sys.stderr.write(f"error: out of memory ({one_line(error)}); {remedies}.\n")
         sys.exit(1)
     except KeyboardInterrupt:
+        sys.stdout.flush()
         sys.stderr.write("stopped\n")
-        sys.exit(130)
+        sys.stderr.flush()
+        os._exit(130)  # an orderly end would tear down a computation that still runs, and fall over a second Ctrl-C
     sys.exit(0)
 
 
@@ -107,6 +110,8 @@ def parse(argv: Sequence[str], name: str) -> tuple[Config, str]:
         )
     file, _, argument = recipe.partition(":")
     config, values = _overridden(_load(file, argument), argv, {"workdir": str})
+    if values["workdir"] == "":
+        raise UserError("--workdir= is empty; name a folder, or leave it out.")
     stem = pathlib.Path(file).stem + (f"-{argument.replace('/', '_')}" if argument else "")
     return config, values["workdir"] or str(pathlib.Path("runs") / stem)
 
@@ -136,6 +141,11 @@ def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]
     """A config with what the command line changes, resolved, and the values of the command's own options."""
     for option in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", a) for a in argv)):
         _place(config, option[1])
+    for option, value in (a.removeprefix("--config.").split("=", 1) for a in argv if re.match(r"--config\.[^=]*=", a)):
+        place, key = _place(config, option)
+        if isinstance(place[key], config_dict.ConfigDict) and not value.lstrip().startswith("{") and value != "None":
+            keys = ", ".join(f"config.{option}.{name}" for name in place[key])
+            raise UserError(f"config.{option}={value} sets several options at once and needs a dict; there are {keys}.")
     latest = {a.partition("=")[0]: a for a in argv if a.startswith("--config.") and "=" in a}
     unset = [option for option, a in latest.items() if a == f"{option}=None"]
     argv = [a for a in argv if a.partition("=")[0] not in unset and not re.fullmatch(r"--config\..*=None", a)]

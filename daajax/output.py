@@ -1,7 +1,6 @@
 """Output files: there whole or not at all, and as JSON lines."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -45,17 +44,17 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 
 def check(path: pathlib.Path) -> None:
-    """Makes the folder of what `--output` names, and refuses a file that cannot be written before the work is done.
+    """Refuses, before the work is done, what `--output` names if it exists or cannot be written; makes its folder.
 
     Raises:
-        UserError: If it cannot.
+        UserError: If so.
     """
+    if path.exists():
+        raise UserError(f"--output={path} exists; name another file, or remove it.")
     with _refused(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        write_text(path, "")
+        path.unlink()
 
 
 def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

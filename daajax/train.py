@@ -80,6 +80,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     )
     scorer = run.make_scorer(config, architecture, mesh)
     shapes, param_shardings = run.param_layout(scorer, mesh)
+    if not config.model.random_init:
+        weights.check(config.model.path, architecture, shapes)
     say(
         f"model: {parameter_count(architecture):,} parameters of {config.model.path}, {config.model.param_dtype}, "
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"

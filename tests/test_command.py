@@ -255,6 +255,10 @@ def test_an_interrupt_is_no_stack_trace(world, monkeypatch):
     def main(config, workdir):
         raise KeyboardInterrupt
 
+    def leave(code):  # in place of the process
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
     code, errors = ends(main, ["train", f"--config={worlds.STORIES}", *world.flags], monkeypatch)
     assert (code, errors) == (130, "stopped\n")
 
@@ -424,3 +428,16 @@ def test_the_last_of_several_overrides_counts(world, words, steps):
     epochs = ["--config.epochs=1.0"] if steps is None else []
     config, _ = worlds.parse(*world.flags, *epochs, *(f"--config.steps={word}" for word in words))
     assert config.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--config.loss=ipo", r"config\.loss=ipo .* needs a dict; there are .*config\.loss\.name, "),
+        ("--config.optimizer=adam", r"config\.optimizer=adam .* needs a dict; there are .*config\.optimizer\.name, "),
+        ("--workdir=", "--workdir= is empty; name a folder"),
+    ],
+)
+def test_what_a_newcomer_types_is_answered(world, argument, says):
+    with pytest.raises(UserError, match=says):
+        worlds.parse(*world.flags, argument)

@@ -334,7 +334,7 @@ def test_a_run_without_held_out_data_is_refused(copy):
 
 def test_a_damaged_checkpoint_is_one_line(copy):
     (copy / "checkpoints" / "5" / "record" / "metadata").write_text("{")
-    with pytest.raises(UserError, match=r"checkpoint .*/5 is damaged \(.*\); use another --step") as error:
+    with pytest.raises(UserError, match=r"checkpoints/5 is damaged \(.*\); use another --step") as error:
         evaluate(copy)
     assert "\n" not in str(error.value)
 

@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
     flipped = bytearray(large.read_bytes())
     flipped[len(flipped) // 2] ^= 8
     large.write_bytes(flipped)
-    with pytest.raises(UserError, match=r"checkpoint .*/5 is damaged \(.*\); use another --step") as error:
+    with pytest.raises(UserError, match=r"checkpoints/5 is damaged \(.*\); use another --step") as error:
         export(tmp_path / "run", f"--output={tmp_path / 'model'}")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "model").exists()

@@ -36,6 +36,7 @@ def rows(tmp_path, path):
 
     def sampled(*arguments, model=path):
         output = tmp_path / "out" / "samples.jsonl"
+        output.unlink(missing_ok=True)
         with worlds.visible(1):
             line = ["generate", f"--output={output}", "--max_tokens=12", *arguments]
             command.generate(command.parse(line if model is None else [*line, f"--model={model}"]))
@@ -195,7 +196,7 @@ def test_the_command_prints_what_it_samples_on_a_mesh(path):
         (["--model=MODEL", "--prompts=NUMBER"], "NUMBER:1: `prompt` is int 3"),
         (["--model=MODEL", "--prompts=ANSWERED"], "ANSWERED:1: the prompt ends in an assistant message"),
         (["--model=MODEL", "--prompts=EMPTY"], "EMPTY holds no rows"),
-        (["--model=MODEL", "--prompt=a", "--output=FOLDER"], "FOLDER cannot be written"),
+        (["--model=MODEL", "--prompt=a", "--output=FOLDER"], "FOLDER exists"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

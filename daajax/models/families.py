@@ -107,6 +107,8 @@ def read_architecture(path: str, option: str = "model.path") -> Architecture:
         raise UserError(f"{path} has no config.json; {option} must be a Hugging Face model directory.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and isinstance(config.get("model"), dict):
+            raise UserError(f"{option}={path} is the folder of a run; the model that it made is in {path}/model.")
         model_type = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a model's config.json ({type(error).__name__}: {error}).") from None

@@ -128,18 +128,35 @@ def load(path: str, architecture: Architecture, shapes: Params, shardings: Param
     Raises:
         UserError: If tensors are missing, extra, of another shape, not floats, or differ from what they are tied to.
     """
+    check(path, architecture, shapes)
     stored = _stored(architecture)
     with Directory(path) as directory:
-        _check_names(path, directory, architecture, _names(stored))
         _check_copies(path, directory, architecture)
         flat_shapes, flat_shardings = _flat(shapes), _flat(shardings)
         params = {}
         for name, shape in flat_shapes.items():
-            _check_shapes(path, directory, stored[name], shape.shape)
             read = _reader(directory, stored[name], shape.dtype)
             params[name] = jax.make_array_from_callback(shape.shape, flat_shardings[name], read)
         jax.block_until_ready(params)
     return traverse.unflatten_dict(params, sep="/")
+
+
+def check(path: str, architecture: Architecture, shapes: Params) -> None:
+    """Refuses a model directory whose files cannot be these parameters; reads none of their values.
+
+    Args:
+        path: The directory.
+        architecture: What its `config.json` says.
+        shapes: Shape wanted of every parameter.
+
+    Raises:
+        UserError: If tensors are missing, extra, of another shape or not floats.
+    """
+    stored = _stored(architecture)
+    with Directory(path) as directory:
+        _check_names(path, directory, architecture, _names(stored))
+        for name, shape in _flat(shapes).items():
+            _check_shapes(path, directory, stored[name], shape.shape)
 
 
 @dataclasses.dataclass(frozen=True)
