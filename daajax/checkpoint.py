@@ -170,10 +170,8 @@ class Checkpoints:
         """
         step = step or max(self.steps, default=0)
         if step:
-            try:
+            with self._must_be_sound(step):
                 before = self.record(step)
-            except DamagedError as reason:
-                raise UserError(f"{self.folder / str(step)} is damaged ({reason}); use another --step.") from None
             check_origin(before, now, forced=forced)
 
     def restore(self, step: int, abstract: TrainState, fresh: Callable[..., TrainState] | None = None) -> TrainState:
@@ -216,15 +214,11 @@ class Checkpoints:
         Raises:
             UserError: If it is another model's or damaged.
         """
-        try:
+        with self._must_be_sound(step):
             record = self.record(step)
             _check_fits(record, TrainState(None, abstract, ()), "params", str(self.folder / str(step)))
             params = self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
             _check_leaves(record, _leaves(TrainState(None, params, ())))
-        except DamagedError as reason:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} is damaged ({reason}); use another --step."
-            ) from None
         return params
 
     def restore_latest(
@@ -260,6 +254,16 @@ class Checkpoints:
         raise UserError(
             f"every checkpoint in {self.folder} is damaged: {reasons}; name another --workdir to begin again."
         )
+
+    @contextlib.contextmanager
+    def _must_be_sound(self, step: int) -> Iterator[None]:
+        """Ends a command that asked for a checkpoint which is damaged."""
+        try:
+            yield
+        except DamagedError as reason:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged ({reason}); use another --step."
+            ) from None
 
     @property
     def _manager(self) -> ocp.CheckpointManager:

@@ -16,7 +16,7 @@ from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
 from daajax import folder, memory
-from daajax.config import Config, resolve, restored
+from daajax.config import Config, every_option, resolve, restored
 from daajax.errors import UserError, one_line
 
 _USAGE = """usage: python -m daajax.{name} --config=configs/RECIPE.py[:ARGUMENT] [--workdir=DIR] [--config.key=value …]
@@ -219,8 +219,9 @@ def _place(config: Config, option: str) -> tuple[Config, str]:
         place = value
         known = list(place) if isinstance(place, config_dict.ConfigDict) else []
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            there = f"did you mean {path}.{close[0]}?" if close else f"{path} has {', '.join(known) or 'no keys'}."
+            close = [f"{path}.{name}" for name in difflib.get_close_matches(key, known, 1)]
+            close += [f"config.{name}" for name, _ in every_option(config.to_dict()) if name.rpartition(".")[2] == key]
+            there = f"did you mean {close[0]}?" if close else f"{path} has {', '.join(known) or 'no keys'}."
             raise UserError(f"config.{option} is not an option; {there}")
         path, value = f"{path}.{key}", place[key]
     return place, option.rpartition(".")[2]

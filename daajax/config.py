@@ -98,8 +98,8 @@ def resolve(config: Config) -> Config:
         UserError: If a key is unknown or missing, or a value is out of place.
     """
     config = config_dict.ConfigDict(config)
-    known = dict(_leaves(base.get_config().to_dict()))
-    found = dict(_leaves(config.to_dict()))
+    known = dict(every_option(base.get_config().to_dict()))
+    found = dict(every_option(config.to_dict()))
     for names, problem in ((set(found) - set(known), "is not an option"), (set(known) - set(found), "is missing")):
         if names:
             raise UserError(f"config.{min(names)} {problem}; configs/base.py has them all, set its keys one by one.")
@@ -300,9 +300,10 @@ def _check_reference(config: Config) -> None:
         )
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def every_option(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name, such as `data.path`, and value of every option of a config as plain dicts; a loss is one option."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and prefix + key not in _FREE:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from every_option(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

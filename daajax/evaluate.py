@@ -141,15 +141,17 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     step = saved.choose(step)
     data, plan = run.load_held_out(config, architecture, terms, mesh)
     scorer = run.make_scorer(config, architecture, mesh)
-    reference = None
+    params, reference = None, None
     if config.reference.mode != "none":
-        initial = run.load_initial_params(config, scorer, mesh)
-        found = run.load_reference(config, [(data, plan)], scorer, initial, mesh)
+        params = run.load_initial_params(config, scorer, mesh)
+        found = run.load_reference(config, [(data, plan)], scorer, params, mesh)
         (reference,) = found.columns
         origin = checkpoint.Record(data="", model=found.policy, reference=found.digest)
         saved.check_origin(step, origin, forced=config.resume == "force")
-        del initial  # before the others come
-    params = run.params_at(config, saved, step, scorer, mesh)
+        if step != 0:
+            params = None  # before the others come
+    if params is None:
+        params = run.params_at(config, saved, step, scorer, mesh)
     progress = Progress("evaluate", plan.updates, "batch")
     evaluation = Evaluation(scorer, terms, data, plan, reference, mesh)
     sums = evaluation.score(params, progress)

@@ -12,9 +12,8 @@ import socket
 from collections.abc import Iterator
 from typing import IO, Any, Literal
 
-from configs import base
 from daajax import output
-from daajax.config import Config
+from daajax.config import Config, restored
 from daajax.console import say
 from daajax.errors import UserError
 
@@ -110,16 +109,8 @@ def examine(where: pathlib.Path, config: Config) -> State:
 
 def _changes(where: pathlib.Path, config: Config) -> list[tuple[str, str]]:
     """How a config differs from that of the folder's run; an option that was not there then had today's default."""
-    before, defaults = _stored(where), json.loads(_text(base.get_config()))
-    return list(differences(_completed(before, defaults), json.loads(_text(config))))
-
-
-def _completed(stored: Any, defaults: Any) -> Any:
-    """A config read from JSON with the options that it lacks; an objective's are its own."""
-    if not isinstance(stored, dict) or not isinstance(defaults, dict):
-        return stored
-    parts = {name: _completed(value, defaults.get(name)) for name, value in stored.items() if name != "loss"}
-    return defaults | stored | parts
+    before = restored(_stored(where))
+    return list(differences(json.loads(_text(before)), json.loads(_text(config))))
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -27,12 +27,7 @@ def precompute(config: Config, workdir: str = "") -> None:
     terms = bind(losses(config))
     architecture = read_architecture(config.model.path)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    data = run.load_data(config, config.data, architecture, terms)
-    plan = run.make_plan(config, data, mesh)
-    sets = [(data, plan)]
-    if config.eval_data.path is not None:
-        most_tokens = run.most_tokens(config, data, plan)
-        sets.append(run.load_held_out(config, architecture, terms, mesh, most_tokens=most_tokens))
+    sets = run.load_sets(config, architecture, terms, mesh)
     scorer = run.make_scorer(config, architecture, mesh)
     params = run.load_initial_params(config, scorer, mesh)
     run.load_reference(config, sets, scorer, params, mesh)

@@ -74,6 +74,25 @@ def load_data(
     return concatenate(parts)
 
 
+def load_sets(
+    config: Config, architecture: Architecture, terms: Sequence[Term], mesh: Any
+) -> list[tuple[TokenizedData, Plan]]:
+    """The training data with the plan of the run, said on the way, and the held-out data with theirs if there are any.
+
+    Raises:
+        UserError: As `load_data` and `make_plan`.
+    """
+    data = load_data(config, config.data, architecture, terms)
+    plan = make_plan(config, data, mesh)
+    mixed = config.data.weight is not None
+    for line in [windows.describe(plan.updates, plan.batch_size, len(data.weights), mixed=mixed), *plan.report()]:
+        say(f"plan: {line}")
+    sets = [(data, plan)]
+    if config.eval_data.path is not None:
+        sets.append(load_held_out(config, architecture, terms, mesh, most_tokens=plan.most_tokens))
+    return sets
+
+
 def load_held_out(
     config: Config, architecture: Architecture, terms: Sequence[Term], mesh: Any, *, most_tokens: int | None = None
 ) -> tuple[TokenizedData, Plan]:
@@ -224,10 +243,7 @@ def params_at(config: Config, saved: Checkpoints, step: int, scorer: Scorer, mes
         origin = Record(data="", model=weights.digest(params))
         saved.check_origin(step, origin, forced=config.resume == "force")
         return params
-    shapes, shardings = param_layout(scorer, mesh)
-    return saved.restore_params(
-        step, jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
-    )
+    return saved.restore_params(step, sharding.abstract(*param_layout(scorer, mesh)))
 
 
 def plan_sweep(
@@ -328,15 +344,9 @@ def load_reference(
         )
         if len(lacking):
             # No more tokens at a time than the plan has, also where it is the long examples that are lacking.
-            layout = plan_sweep(config, data, mesh, examples=lacking, most_tokens=most_tokens(config, data, plan))
+            layout = plan_sweep(config, data, mesh, examples=lacking, most_tokens=plan.most_tokens)
             reference.score_pass(data, layout, score_part, cache, what=what)
         columns.append(reference.column(data, examples, cache))
     del params
     gc.collect()
     return Reference(columns, policy, digest, digest == policy and same_architecture)
-
-
-def most_tokens(config: Config, data: TokenizedData, plan: Plan) -> int:
-    """Row positions that the largest window of a plan takes."""
-    length = Sizes.of(data, prefix_sharing=config.packing.prefix_sharing).length
-    return int(np.where(plan.windows >= 0, length[plan.windows], 0).sum(axis=1).max())

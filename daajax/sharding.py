@@ -182,12 +182,9 @@ def place(
     return {key: jax.make_array_from_callback(value.shape, where, value.__getitem__) for key, value in batch.items()}
 
 
-def abstract(
-    mesh: Mesh, batch: Mapping[str, np.ndarray], leading: Axes = ("micro_batches", "rows")
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `place` would make, without making it."""
-    where = sharding(mesh, leading)
-    return {key: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where) for key, value in batch.items()}
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """What arrays of these shapes would be where the same tree of shardings puts them, without making them."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
 
 def constrain(mesh: Mesh, axes: Axes) -> Callable[[jax.Array], jax.Array]:

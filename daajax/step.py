@@ -74,7 +74,7 @@ def _counts_for_schedule(path: Any, value: Any) -> bool:
 def abstract_state(shapes: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Shape, dtype and sharding of every leaf of a state, which is what a checkpoint is read into."""
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+    return sharding.abstract(state, shardings)
 
 
 class Sums(NamedTuple):

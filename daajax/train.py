@@ -17,7 +17,6 @@ from daajax import checkpoint, command, first_loss, folder, memory, metrics, run
 from daajax.config import Config, hyperparameters, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
-from daajax.data.windows import describe
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
 from daajax.losses.terms import bind
@@ -57,15 +56,11 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         read_architecture(config.reference.path, "reference.path")
     mesh = sharding.make_mesh(config.mesh.to_dict())
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    data = run.load_data(config, config.data, architecture, terms)
-    plan = run.make_plan(config, data, mesh)
-    mixed = config.data.weight is not None
-    for line in [describe(plan.updates, plan.batch_size, len(data.weights), mixed=mixed), *plan.report()]:
-        say(f"plan: {line}")
-    sets = [(data, plan)]
-    if config.eval_data.path is not None:
-        most_tokens = run.most_tokens(config, data, plan)
-        sets.append(run.load_held_out(config, architecture, terms, mesh, most_tokens=most_tokens))
+    sets = run.load_sets(config, architecture, terms, mesh)
+    data, plan = sets[0]
+    saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
+    if (done := max(saved.steps, default=0)) > plan.updates:
+        raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
     schedule = make_schedule(
         learning_rate=config.optimizer.learning_rate,
         schedule=config.optimizer.schedule,
@@ -92,6 +87,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     # ------------------------------------------------------------------ the compiled update, before minutes are spent
     homes = step.state_shardings(mesh, optimizer, shapes, param_shardings)
     abstract = step.abstract_state(shapes, optimizer, homes)
+    batch_sharding = sharding.sharding(mesh, ("micro_batches", "rows"))
     update = step.Update(
         scorer,
         terms,
@@ -99,11 +95,12 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         schedule,
         batch_size=plan.batch_size,
         state_shardings=homes,
-        batch_sharding=sharding.sharding(mesh, ("micro_batches", "rows")),
+        batch_sharding=batch_sharding,
         replicated=sharding.replicated(mesh),
     )
     began, largest = time.perf_counter(), plan.largest_update()
-    abstract_batch = sharding.abstract(mesh, Batches(data, plan)[largest])
+    shaped = Batches(data, plan)[largest]
+    abstract_batch = sharding.abstract(shaped, dict.fromkeys(shaped, batch_sharding))
     compiled = update.compile(abstract, abstract_batch, keys=plan.shape(largest).keys)
     say(f"compiled the update in {time.perf_counter() - began:.1f} s")
     if fits := memory.check(compiled, "the update"):
@@ -111,8 +108,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     del compiled
 
     # ------------------------------------------------------------------ reference, then its weights are gone
-    saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
-    resumes = bool(saved.steps)
+    resumes = done > 0
     params, reference, columns = {}, None, [None] * len(sets)
     if config.reference.mode != "none" or not resumes:
         params = run.load_initial_params(config, scorer, mesh)
@@ -132,8 +128,6 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         fresh = functools.partial(step.init_state, optimizer=optimizer, shardings=homes) if forced else None
         done, state = saved.restore_latest(abstract, fresh)
         checkpoint.check_origin(saved.record(done), origin, forced=forced)
-        if done > plan.updates:
-            raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
         say(f"resumed after update {done} of {plan.updates}")
     else:
         if found == "unfinished":

@@ -46,13 +46,14 @@ def begun(options, tmp_path):
 
 
 def change(where, name):
-    """Puts another value into a folder's config.json; what it is does not matter, only that it differs."""
+    """Puts another value of the option's type into a folder's config.json."""
     stored = json.loads((where / "config.json").read_text())
-    place = stored
+    place, defaults = stored, base.get_config()
     *parts, last = name.split(".")
     for part in parts:
-        place = place[part]
-    place[last] = "another" if place[last] is None else None
+        place, defaults = place[part], defaults[part]
+    others = {str: "another", int: 987, float: 0.987, tuple: ["another"], bool: not place[last]}
+    place[last] = others[defaults.get_type(last)]
     (where / "config.json").write_text(json.dumps(stored))
 
 

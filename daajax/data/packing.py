@@ -56,6 +56,7 @@ class Plan:
         rows: Rows of one micro-batch.
         prefix_sharing: Whether the prompt lies in the row once.
         efficiency: Real share of each capacity; 1 is perfect.
+        most_tokens: Row positions that the largest window takes.
         notices: Lines worth saying.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     rows: int
     prefix_sharing: bool
     efficiency: dict[str, float]
+    most_tokens: int
     notices: tuple[str, ...]
 
     @property
@@ -142,6 +144,7 @@ def pack(
         rows=count,
         prefix_sharing=sizes.prefix_sharing,
         efficiency=_efficiency(needs, chosen, shape_of, micro_batches),
+        most_tokens=int(needs["length"].sum(axis=1).max()),
         notices=_notices(needs, packing, windows.shape[1], micro_batches * row_multiple),
     )
 

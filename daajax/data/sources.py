@@ -252,7 +252,7 @@ def _from_the_hub(address: Address) -> Source:
     if name is None:
         raise address.refused("does not exist, and is no name on the Hub such as owner/name or owner/name/config")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] # an extra
     except ImportError:
         raise address.refused(
             "is no folder; a data set of the Hub by name needs the extra: pip install 'daajax[hub]'; or download it "
