@@ -151,6 +151,7 @@ def test_two_sources_train_a_model_and_each_is_cached_by_itself(world, trained, 
     assert both.ids[31] == "others/others.jsonl:8"
 
 
+@pytest.mark.slow
 def test_shares_make_the_smaller_source_repeat_and_that_is_said(trained, tmp_path):
     flags = mixture(tmp_path, weights=(1.0, 3.0))
     _, said = trained("jsonl", tmp_path / "pairs.jsonl", *flags, "--config.batch_size=16")

@@ -124,6 +124,7 @@ def test_log_probs_of_a_real_model_are_those_of_the_scoring_function(assets, siz
     np.testing.assert_allclose(samples.logps, scored(path, prompts, samples, sizes), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_log_probs_in_bfloat16_are_near_those_of_the_scoring_function(path):
     samples = generate(path, dtype="bfloat16")
     errors = samples.logps - scored(path, PROMPTS, samples, dtype="bfloat16")
@@ -158,6 +159,7 @@ def test_responses_do_not_depend_on_the_mesh_and_log_probs_are_those_of_scoring_
     np.testing.assert_allclose(found.logps, scored(path, PROMPTS, found, sizes), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_responses_do_not_depend_on_what_else_is_sampled(path, samples):
     few = generate(path, PROMPTS[:3], top_p=0.95, stop_ids=STOPS)
     np.testing.assert_array_equal(few.tokens, samples.tokens[:3, :1])

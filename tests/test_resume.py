@@ -355,6 +355,7 @@ def test_other_weights_under_the_same_path_are_refused(world, tmp_path):
         worlds.train(tmp_path / "run", *flags)
 
 
+@pytest.mark.slow
 def test_a_model_of_other_shapes_is_refused_by_force_too(world, copy, tmp_path):
     model = worlds.make_model(tmp_path / "model", intermediate_size=96)
     flags = (*world.flags, *EVERY, f"--config.model.path={model}", "--config.resume=force")
@@ -436,6 +437,7 @@ def test_checkpoints_come_every_so_often_and_of_the_last_update(world, tmp_path)
     assert Checkpoints(tmp_path / "run").steps == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_another_reference_under_the_same_path_is_refused_unless_forced(world, tmp_path, capsys):
     other = worlds.make_model(tmp_path / "other", seed=1)
     flags = (*world.flags, "--config.reference.mode=path", f"--config.reference.path={other}")

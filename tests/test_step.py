@@ -180,9 +180,9 @@ def assert_gradients_near(found, wanted, tolerance=3e-5):
     [
         ((8, 1, 1), {}),
         ((8, 1, 1), {"prefix_sharing": False, "scorer": {"remat": "full"}}),
-        ((8, 1, 1), {"packing": False, "micro_batches": 2}),
+        pytest.param((8, 1, 1), {"packing": False, "micro_batches": 2}, marks=pytest.mark.slow),
         ((8, 1, 1), {"micro_batches": 4, "row_length": 256, "prefix_sharing": False}),
-        ((1, 8, 1), {}),
+        pytest.param((1, 8, 1), {}, marks=pytest.mark.slow),
         ((1, 4, 2), {"micro_batches": 2}),
         ((2, 2, 2), {"rows": 8, "scorer": {"attention": "dense", "remat": "dots"}}),
     ],
@@ -310,6 +310,7 @@ def test_an_update_steps_by_the_clipped_gradient_and_logs_its_norm_before_clippi
     assert float(again["loss"]) < logged["loss"]
 
 
+@pytest.mark.slow
 def test_parameters_in_bfloat16_go_on_being_updated():
     update, state = updating("adamw", 1e-2, param_dtype=jnp.bfloat16)
     batch, keys = batch_of((8, 1, 1))

@@ -272,6 +272,7 @@ def test_nothing_is_fetched_to_the_host_inside_a_log_interval(world, tmp_path, m
     assert set(inside[4:]) == {"fetch"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_one_another_order(world, tmp_path):
     shuffled = ("--config.data.shuffle=True", "--config.steps=3")
     runs = [

@@ -39,6 +39,7 @@ OTHERS = {
     "tensor=2 all off": (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2", *PACKED_OFF)),
 }
 LAYOUTS = WHOLE | OTHERS
+QUICK = ("packing and sharing off", "micro_batches=4", "data=2 fsdp=2 tensor=2 micro_batches=2", "packing.rows=2")
 # What 30 updates amplify: of a sum over some 300 tokens float32 keeps 1e-5 nats, and beta is 0.1.
 REWARDS = 5e-5
 
@@ -74,12 +75,20 @@ def own(world):
     return history
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "packing.shapes=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in LAYOUTS
+        if name not in ("default", "packing.shapes=2")
+    ],
+)
 def test_layouts_of_a_small_run_agree(own, layout):
     own("default")
     agree(own(layout), updates=5)
 
 
+@pytest.mark.slow
 def test_shapes_that_differ_only_in_scored_slots_agree(own):
     own("default")
     try:

@@ -73,6 +73,7 @@ def test_weight_decay_is_for_matrices_only(name):
         assert decoder.is_decayed(path) == (len(shape.shape) - path.startswith("layers/") == 2), path
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_a_function_of_key_and_architecture_alone():
     plain = decoder.init_params(model_of("llama2"), jax.random.key(3))
     same = decoder.init_params(model_of("llama2", remat="full", dtype=jnp.bfloat16), jax.random.key(3))
@@ -189,6 +190,7 @@ def test_the_scan_over_layers_is_a_loop_over_decoder_layer(name):
     assert len({float(x) for x in np.abs(np.asarray(found)).sum(axis=-1).reshape(-1)[:9]}) == 9  # nothing is constant
 
 
+@pytest.mark.slow
 def test_what_the_backward_pass_recomputes_changes_neither_values_nor_gradients():
     tokens, positions, mask = rows()
     weights = jnp.asarray(oracle.uniform(2 * 24 * 32, 5).reshape(2, 24, 32) - 0.5, jnp.float32)
