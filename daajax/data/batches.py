@@ -1,17 +1,21 @@
 """One update's arrays: the one batch layout, filled from a plan.
 
-A batch is a dict of NumPy arrays `[micro_batches, rows, …]`; its keys are those of `LAYOUT`. A row holds whole
-examples. With prefix sharing an example lies as prompt, response 1, …, response K; without it each response carries
-its own copy of the prompt.
+A batch is a dict of NumPy arrays `[micro_batches, rows, …]`; its keys are those of `LAYOUT`, and of `OPTIONAL` those
+that are asked for. A row holds whole examples. With prefix sharing an example lies as prompt, response 1, …, response
+K; without it each response carries its own copy of the prompt.
 """
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
+from daajax.data.draws import generator, keep
 from daajax.data.packing import Plan
-from daajax.data.tokens import TokenizedData
+from daajax.data.tokens import UNLABELLED, TokenizedData
 
 Batch = dict[str, np.ndarray]
 
@@ -30,22 +34,60 @@ LAYOUT = {  # key: (dtype, axes, value where there is nothing)
     "places": (np.int32, ("rows", "slots"), -1),
     "ids": (np.int32, ("rows", "slots"), -1),
 }
+OPTIONAL = {  # likewise, what there is only where it is asked for
+    "scores": (np.float32, ("rows", "slots", "responses"), 0),
+    "labels": (np.int32, ("rows", "slots"), UNLABELLED),
+    "prompt_probabilities": (np.float32, ("rows", "slots"), 0),
+    "gumbel": (np.float32, ("rows", "slots"), 0),
+    "kept": (np.bool_, ("rows", "scored"), False),
+    "reference_kept": (np.bool_, ("rows", "scored"), False),
+    "entropies": (np.float32, ("rows", "scored"), 0),
+}
 _INDICES = {"indices": (np.int64, ("rows", "scored"), -1)}  # filled with the others, but stays on the host
 
 
 class Batches:
-    """Fills batches from tokenized data and a plan; batch t is a pure function of both and t.
+    """Fills batches from tokenized data and a plan; batch t is a pure function of both, t and the seed.
 
     Args:
         data: The examples.
         plan: Where every example lies.
         reference: Reference log-prob of each of the data's tokens, nats; None leaves zeros.
+        fields: Columns of the data to bring along: `scores`, `labels`, `prompt_probabilities`.
+        draws: Random numbers to bring along: `gumbel`, a draw of the standard Gumbel distribution; `kept` and
+            `reference_kept`, two draws of as many tokens of each response as the shortest one has.
+        seed: Of the draws, which are a function of (seed, update, place), or in a sweep of (seed, example).
+        sweep: Whether the updates are parts of one over the whole of the data, as evaluation takes it.
+        entropies: Of the reference's distribution at each of the data's tokens; None: no such key.
+
+    Raises:
+        ValueError: If the data lack a column that is asked for.
     """
 
-    def __init__(self, data: TokenizedData, plan: Plan, reference: Float[np.ndarray, " total"] | None = None):
+    def __init__(
+        self,
+        data: TokenizedData,
+        plan: Plan,
+        reference: Float[np.ndarray, " total"] | None = None,
+        *,
+        fields: Sequence[str] = (),
+        draws: Sequence[str] = (),
+        seed: int = 0,
+        sweep: bool = False,
+        entropies: Float[np.ndarray, " total"] | None = None,
+    ):
         self.plan = plan
         self.responses = data.lengths.shape[1] - 1
-        self._data, self._reference = data, reference
+        self._data, self._seed, self._sweep = data, seed, sweep
+        self._masks = [name for name in draws if "scored" in OPTIONAL[name][1]]
+        self._numbers = [name for name in draws if name not in self._masks]
+        self._of_examples = {"weights": data.weights} | {name: getattr(data, name) for name in fields}
+        if lacking := [name for name, column in self._of_examples.items() if column is None]:
+            raise ValueError(f"the data have no {' and no '.join(lacking)}")
+        of_tokens = {"reference": reference, "entropies": entropies}
+        self._of_tokens = {name: column for name, column in of_tokens.items() if column is not None}
+        asked = (*fields, *draws, *(name for name in self._of_tokens if name in OPTIONAL))
+        self._layout = LAYOUT | {name: OPTIONAL[name] for name in asked} | _INDICES
 
     def fill(self, update: int) -> tuple[Batch, Int[np.ndarray, "micro_batches rows scored"]]:
         """The batch of one update, every row, and which token of the data each of its scored slots holds.
@@ -64,14 +106,14 @@ class Batches:
         )
         arrays = {
             key: np.full([axes[axis] for axis in names], empty, dtype)
-            for key, (dtype, names, empty) in (LAYOUT | _INDICES).items()
+            for key, (dtype, names, empty) in self._layout.items()
         }
         rows = [_Row({key: value[row] for key, value in arrays.items()}) for row in range(total_rows)]
         for place, (example, row) in enumerate(
             zip(plan.windows[update].tolist(), plan.row_of[update].tolist(), strict=True)
         ):
             if example >= 0:
-                self._put(rows[row], place, example)
+                self._put(rows[row], update, place, example)
         batch = {key: value.reshape(plan.micro_batches, plan.rows, *value.shape[1:]) for key, value in arrays.items()}
         indices = batch.pop("indices")
         return batch, indices
@@ -90,32 +132,34 @@ class Batches:
         """Index into the data's flat tokens of each scored slot; see `fill`, which has the batch as well."""
         return self.fill(update)[1]
 
-    def _put(self, row: "_Row", place: int, example: int) -> None:
+    def _put(self, row: "_Row", update: int, place: int, example: int) -> None:
         """Writes one example into the next free slot of a row."""
         data, sharing = self._data, self.plan.prefix_sharing
         lengths = data.lengths[example].tolist()
-        prompt = slice(int(data.starts[example]), int(data.starts[example]) + lengths[0])
-        row.open_slot(place, example, float(data.weights[example]))
+        bounds = itertools.accumulate(lengths, initial=int(data.starts[example]))
+        prompt, *responses = itertools.starmap(slice, itertools.pairwise(bounds))
+        scored = [response.start + np.nonzero(data.scored[response])[0] for response in responses]
+        key = dict(update=0, place=example) if self._sweep else dict(update=update, place=place)
+        draw = functools.partial(generator, seed=self._seed, **key)
+        columns = {name: column[example] for name, column in self._of_examples.items()}
+        columns |= {name: draw(name).gumbel() for name in self._numbers}
+        masks = {name: keep(draw(name), [len(indices) for indices in scored]) for name in self._masks}
+        row.open_slot({"places": place, "ids": example, **columns})
         shared = row.write(data.tokens[prompt], branch=0, position=0) if sharing else 0
-        end = prompt.stop
-        for k in range(1, self.responses + 1):
-            response = slice(end, end + lengths[k])
-            end = response.stop
-            if not lengths[k]:
+        for k, (response, indices) in enumerate(zip(responses, scored, strict=True)):
+            if response.start == response.stop:
                 continue
-            before = shared if sharing else row.write(data.tokens[prompt], branch=k, position=0)
+            before = shared if sharing else row.write(data.tokens[prompt], branch=k + 1, position=0)
             start = row.length
-            row.write(data.tokens[response], branch=k, position=lengths[0])
-            mine = np.nonzero(data.scored[response])[0]
-            indices = response.start + mine
-            row.score(
-                k,
-                indices=indices,
-                sources=np.where(mine == 0, before - 1, start + mine - 1),
-                targets=data.tokens[indices],
-                reference=None if self._reference is None else self._reference[indices],
-                slot_width=self.responses,
-            )
+            row.write(data.tokens[response], branch=k + 1, position=lengths[0])
+            mine = indices - response.start
+            values = {
+                "indices": indices,
+                "sources": np.where(mine == 0, before - 1, start + mine - 1),
+                "targets": data.tokens[indices],
+            }
+            values |= {name: column[indices] for name, column in self._of_tokens.items()}
+            row.score(k, values | {name: mask[k] for name, mask in masks.items()})
 
 
 class _Row:
@@ -129,12 +173,11 @@ class _Row:
         self._arrays = arrays
         self._slot, self.length, self._scored = -1, 0, 0
 
-    def open_slot(self, place: int, example: int, weight: float) -> None:
-        """Begins the next example."""
+    def open_slot(self, values: Mapping[str, Any]) -> None:
+        """Begins the next example; `values` are those of its slot."""
         self._slot += 1
-        self._arrays["weights"][self._slot] = weight
-        self._arrays["places"][self._slot] = place
-        self._arrays["ids"][self._slot] = example
+        for name, value in values.items():
+            self._arrays[name][self._slot] = value
 
     def write(self, tokens: Int[np.ndarray, " count"], *, branch: int, position: int) -> int:
         """Appends tokens whose rotary positions begin at `position`; returns the place in the row behind them."""
@@ -146,24 +189,13 @@ class _Row:
         self.length = span.stop
         return span.stop
 
-    def score(
-        self,
-        response: int,
-        *,
-        indices: Int[np.ndarray, " count"],
-        sources: Int[np.ndarray, " count"],
-        targets: Int[np.ndarray, " count"],
-        reference: Float[np.ndarray, " count"] | None,
-        slot_width: int,
-    ) -> None:
-        """Appends the scored tokens of a response, counted from 1; `slot_width` is K."""
-        span = slice(self._scored, self._scored + len(targets))
-        self._arrays["indices"][span] = indices
-        self._arrays["sources"][span] = sources
-        self._arrays["targets"][span] = targets
-        self._arrays["owners"][span] = self._slot * slot_width + response - 1
-        self._arrays["offsets"][span] = np.arange(len(targets))
-        if reference is not None:
-            self._arrays["reference"][span] = reference
-        self._arrays["lengths"][self._slot, response - 1] = len(targets)
+    def score(self, response: int, values: Mapping[str, Shaped[np.ndarray, " count"]]) -> None:
+        """Appends the scored tokens of a response, counted from 0; `values` are those of its tokens."""
+        count = len(values["targets"])
+        span = slice(self._scored, self._scored + count)
+        for name, value in values.items():
+            self._arrays[name][span] = value
+        self._arrays["owners"][span] = self._slot * self._arrays["lengths"].shape[-1] + response
+        self._arrays["offsets"][span] = np.arange(count)
+        self._arrays["lengths"][self._slot, response] = count
         self._scored = span.stop

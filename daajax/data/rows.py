@@ -4,8 +4,9 @@ A row holds its responses in the first of these forms that it has; each is text 
 
     chosen, rejected         a pair; beside it may be `score_chosen` and `score_rejected`
     responses | completions  a list, best first; in any order where they are scored
-    response | completion    a single one; beside it may be a `label`, true where it is wanted, else false
-    messages                 a conversation: its last message is the response, which may have a `label`
+    response | completion    a single one; beside it may be a `label`, true where it is wanted, else false, and a
+                             `prompt_probability`: how probable it is that a response to this prompt is wanted
+    messages                 a conversation: its last message is the response; the same may be beside it
 
 A list is scored by `scores`, numbers in the order of the responses; or its entries are objects, each with the response
 as `content`, `text` or `response` and its number as `score` or `overall_score` (so does UltraFeedback). Scored
@@ -34,9 +35,9 @@ FORMS = {
     ("chosen", "rejected"): ("prompt", "score_chosen", "score_rejected"),
     ("responses",): ("prompt", "scores"),
     ("completions",): ("prompt", "scores"),
-    ("response",): ("prompt", "label"),
-    ("completion",): ("prompt", "label"),
-    ("messages",): ("label",),
+    ("response",): ("prompt", "label", "prompt_probability"),
+    ("completion",): ("prompt", "label", "prompt_probability"),
+    ("messages",): ("label", "prompt_probability"),
 }
 LISTS = (("responses",), ("completions",))
 TEXTS = ("content", "text", "response")  # of an entry of a list
@@ -57,6 +58,7 @@ class Example:
         location: Where the row is, for messages to the user.
         scores: Of the responses, in any unit, the higher the better; finite. None: not scored.
         label: Whether a single response is wanted. None: not labelled.
+        prompt_probability: Of a response to this prompt being wanted, in [0, 1]. None: not given.
         oddities: Counters of `sources.Examples` that it adds to.
     """
 
@@ -67,6 +69,7 @@ class Example:
     location: str = ""
     scores: tuple[float, ...] | None = None
     label: bool | None = None
+    prompt_probability: float | None = None
     oddities: tuple[str, ...] = ()
 
 
@@ -103,6 +106,7 @@ def parse(row: dict[str, Any], location: str, name: str = "") -> Example:
         location=location,
         scores=None if scores is None else tuple(scores),
         label=_label_of(row) if "label" in FORMS[form] else None,
+        prompt_probability=_prompt_probability_of(row) if "prompt_probability" in FORMS[form] else None,
         oddities=tuple(oddities),
     )
 
@@ -329,6 +333,14 @@ def _label_of(row: dict[str, Any]) -> bool | None:
     if label is not None and not isinstance(label, bool):
         raise BadRow(f"`label` is {described(label)}, needed true (wanted) or false")
     return label
+
+
+def _prompt_probability_of(row: dict[str, Any]) -> float | None:
+    """How probable it is that a response to the row's prompt is wanted; None if the row does not say."""
+    probability = row.get("prompt_probability")
+    if probability is not None and (not _is_number(probability) or not 0 <= probability <= 1):
+        raise BadRow(f"`prompt_probability` is {described(probability)}, needed a number from 0 to 1")
+    return None if probability is None else float(probability)
 
 
 def _id_of(row: dict[str, Any], name: str) -> str:

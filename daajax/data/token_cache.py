@@ -26,7 +26,7 @@ from daajax.data.tokenizer import TOKENIZER_FILES, check_vocabulary, load_tokeni
 from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 
-FORMAT = 2  # raise it whenever the same rows would become other arrays
+FORMAT = 3  # raise it whenever the same rows would become other arrays
 ARRAYS = (*tokens.ARRAYS, "starts", "id_text", "id_starts")  # the files of an entry, beside `tokens.COLUMNS`
 
 

@@ -336,6 +336,9 @@ def _flatten(
     if any(example.label is not None for example in kept):
         labels = [UNLABELLED if example.label is None else int(example.label) for example in kept]
         arrays["labels"] = np.array(labels, np.int8)
+    if any(example.prompt_probability is not None for example in kept):
+        given = [np.nan if example.prompt_probability is None else example.prompt_probability for example in kept]
+        arrays["prompt_probabilities"] = np.array(given, np.float32)
     return TokenizedData(
         **arrays,
         starts=np.concatenate([[0], np.cumsum(lengths.sum(1, dtype=np.int64))]),

@@ -12,8 +12,12 @@ from jaxtyping import Bool, Float32, Int, Int8, Int16, Int32, Int64, UInt8
 from daajax.errors import UserError
 
 ARRAYS = ("tokens", "scored", "lengths", "weights")  # what every data set consists of
-COLUMNS = ("scores", "labels")  # what some bring besides
 UNLABELLED = -1
+COLUMNS = {  # what some bring besides: (dtype, axes, value where there is none)
+    "scores": (np.float32, ("examples", "responses"), np.nan),
+    "labels": (np.int8, ("examples",), UNLABELLED),
+    "prompt_probabilities": (np.float32, ("examples",), np.nan),
+}
 
 # The counters and, for what `summary` names when it happened, their meaning. Beside them are `truncated_<response>` and
 # those of `sources.Examples`.
@@ -103,7 +107,9 @@ class TokenizedData:
         notices: One line each, to be printed.
         digest: SHA-256 over the arrays of `ARRAYS` and `COLUMNS`; of several sources, over theirs.
         scores: Of each response, the higher the better; NaN where there is none. None: no example has any.
-        labels: 1 if the single response is wanted, 0 if not, `UNLABELLED`. None: no example has one.
+        labels: 1 if the example's first response is wanted, 0 if not, `UNLABELLED`. None: no example has one.
+        prompt_probabilities: Of a response to the example's prompt being wanted, in [0, 1]; NaN where it is not given.
+            None: no example has one.
         source_names: Of the sources that the examples come from, each its own.
         sources: Index into `source_names`. None: all are of the first.
     """
@@ -119,6 +125,7 @@ class TokenizedData:
     digest: str
     scores: Float32[np.ndarray, "examples responses"] | None = None
     labels: Int8[np.ndarray, " examples"] | None = None
+    prompt_probabilities: Float32[np.ndarray, " examples"] | None = None
     source_names: tuple[str, ...] = ("data",)
     sources: Int16[np.ndarray, " examples"] | None = None
 
@@ -135,12 +142,19 @@ class TokenizedData:
         mask = np.repeat(kept, self.lengths.ravel())
         starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
         arrays = {"tokens": self.tokens[mask], "scored": self.scored[mask], "lengths": lengths, "weights": self.weights}
-        if self.scores is not None:
-            arrays["scores"] = np.ascontiguousarray(self.scores[:, :count])
-        if self.labels is not None:
-            arrays["labels"] = self.labels
+        for name, (_, axes, _) in COLUMNS.items():
+            column = getattr(self, name)
+            if column is not None:
+                arrays[name] = np.ascontiguousarray(column[:, :count]) if "responses" in axes else column
         digests = {name: array_digest(array) for name, array in arrays.items()}
         return dataclasses.replace(self, **arrays, starts=starts, digest=digest(digests))
+
+    def column(self, name: str) -> np.ndarray:
+        """One of `COLUMNS`; of data that have none, filled with what stands for that."""
+        dtype, axes, absent = COLUMNS[name]
+        sizes = dict(examples=len(self.weights), responses=self.lengths.shape[1] - 1)
+        column = getattr(self, name)
+        return np.full([sizes[axis] for axis in axes], absent, dtype) if column is None else column
 
     def scored_lengths(self) -> Int32[np.ndarray, "examples responses"]:
         """Scored tokens of each response; 0: there is no such response."""
@@ -208,11 +222,8 @@ def concatenate(parts: Mapping[str, TokenizedData]) -> TokenizedData:
     arrays = {name: np.concatenate([getattr(part, name) for part in data]) for name in ARRAYS}
     sizes = [len(part.weights) for part in data]
     for name in COLUMNS:
-        columns = [getattr(part, name) for part in data]
-        if any(column is not None for column in columns):
-            arrays[name] = np.concatenate(
-                [_or_absent(column, name, part) for column, part in zip(columns, data, strict=True)]
-            )
+        if any(getattr(part, name) is not None for part in data):
+            arrays[name] = np.concatenate([part.column(name) for part in data])
     return TokenizedData(
         **arrays,
         starts=np.concatenate([[0], np.cumsum(arrays["lengths"].sum(axis=1, dtype=np.int64))]),
@@ -223,15 +234,6 @@ def concatenate(parts: Mapping[str, TokenizedData]) -> TokenizedData:
         source_names=names,
         sources=np.repeat(np.arange(len(data), dtype=np.int16), sizes),
     )
-
-
-def _or_absent(column: np.ndarray | None, name: str, data: TokenizedData) -> np.ndarray:
-    """A column, or what stands where a data set has none."""
-    if column is not None:
-        return column
-    if name == "labels":
-        return np.full(len(data.weights), UNLABELLED, np.int8)
-    return np.full((len(data.weights), data.lengths.shape[1] - 1), np.nan, np.float32)
 
 
 def summary(counters: Mapping[str, int]) -> list[str]:

@@ -1,16 +1,18 @@
 """Batches, against the layout's definition read backwards: from the arrays of a row to the text they stand for."""
 
 import collections
+import dataclasses
 import itertools
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from daajax.data.batches import LAYOUT, Batches
+from daajax.data.batches import LAYOUT, OPTIONAL, Batches
+from daajax.data.draws import generator
 from daajax.data.packing import pack
 from daajax.data.sizes import Sizes
-from daajax.data.tokens import Ids, TokenizedData, array_digest, digest
+from daajax.data.tokens import UNLABELLED, Ids, TokenizedData, array_digest, digest
 from daajax.data.windows import sweep_windows, training_windows
 
 
@@ -244,3 +246,133 @@ def test_an_example_twice_in_one_update_lies_there_twice():
         real = batch["places"] >= 0
         assert sorted(batch["places"][real].tolist()) == [0, 1, 2, 3]
         assert plan.windows[update][batch["places"][real]].tolist() == batch["ids"][real].tolist()
+
+
+# ---------------------------------------------------------------------- what is there only where it is asked for
+
+FIELDS = ("scores", "labels", "prompt_probabilities")
+DRAWS = ("gumbel", "kept", "reference_kept")
+
+
+@pytest.fixture(scope="module")
+def asked(case):
+    """The data with every column, and all that may be asked for."""
+    _, data, _ = case
+    rng = np.random.default_rng(3)
+    count, parts = data.lengths.shape
+    scores = rng.normal(size=(count, parts - 1)).astype(np.float32)
+    scores[::5] = np.nan
+    data = dataclasses.replace(
+        data,
+        scores=scores,
+        labels=rng.integers(UNLABELLED, 2, count).astype(np.int8),
+        prompt_probabilities=rng.random(count).astype(np.float32),
+    )
+    entropies = rng.random(len(data.tokens)).astype(np.float32)
+    return data, dict(fields=FIELDS, draws=DRAWS, seed=5, entropies=entropies)
+
+
+def by_place(batch):
+    """What a batch holds of each place, by key; of what lies in scored slots by key and response, in its order."""
+    keys = {"ids", "lengths", "targets", *OPTIONAL}
+    found = {}
+    for part, row, slot in np.argwhere(batch["places"] >= 0):
+        here = {key: batch[key][part, row] for key in batch}
+        mine = {key: here[key][slot] for key in keys if "slots" in (LAYOUT | OPTIONAL)[key][1]}
+        for k in range(batch["lengths"].shape[-1]):
+            scored = np.flatnonzero(here["owners"] == slot * batch["lengths"].shape[-1] + k)
+            scored = scored[np.argsort(here["offsets"][scored])]
+            mine |= {(key, k): here[key][scored] for key in keys - mine.keys()}
+        found[int(here["places"][slot])] = mine
+    return found
+
+
+def test_what_is_asked_for_is_there_and_nothing_else(asked, plan):
+    data, everything = asked
+    batch, shape = Batches(data, plan, **everything)[0], plan.shape(0)
+    assert batch.keys() == LAYOUT.keys() | OPTIONAL.keys()
+    sizes = dict(rows=plan.rows, scored=shape.scored, slots=shape.slots, responses=data.lengths.shape[1] - 1)
+    absent = {"slots": batch["places"] < 0, "scored": batch["owners"] < 0}
+    for key, (dtype, axes, nothing) in OPTIONAL.items():
+        assert batch[key].dtype == dtype
+        assert batch[key].shape == (plan.micro_batches, *(sizes[axis] for axis in axes))
+        assert (batch[key][absent[axes[1]]] == nothing).all()
+    entropies = everything["entropies"]
+    for names, options in [
+        ({"labels"}, dict(fields=["labels"])),
+        ({"gumbel", "reference_kept"}, dict(draws=["reference_kept", "gumbel"], seed=5)),
+        ({"entropies"}, dict(entropies=entropies)),
+    ]:
+        alone = Batches(data, plan, **options)[0]
+        assert alone.keys() - LAYOUT.keys() == names
+        for name in names:  # the same, whatever else is asked for
+            np.testing.assert_array_equal(alone[name], batch[name])
+
+
+def test_columns_of_the_data_come_to_their_examples_and_tokens(asked, plan):
+    data, everything = asked
+    batches = Batches(data, plan, **everything)
+    for update in range(plan.updates):
+        batch, indices = batches.fill(update)
+        real = batch["places"] >= 0
+        for name in FIELDS:
+            np.testing.assert_array_equal(batch[name][real], getattr(data, name)[batch["ids"][real]])
+        np.testing.assert_array_equal(batch["entropies"][indices >= 0], everything["entropies"][indices[indices >= 0]])
+
+
+def test_no_layout_changes_what_a_place_is_given(asked, plan):
+    data, everything = asked
+    plain = pack(plan.windows, Sizes.of(data, prefix_sharing=False), packing=False, micro_batches=1, row_multiple=1)
+    for batch, other in zip(Batches(data, plan, **everything), Batches(data, plain, **everything), strict=True):
+        ours, theirs = by_place(batch), by_place(other)
+        assert ours.keys() == theirs.keys()
+        for place in ours:
+            assert ours[place].keys() == theirs[place].keys()
+            for key in ours[place]:
+                np.testing.assert_array_equal(ours[place][key], theirs[place][key], err_msg=f"{key} of place {place}")
+
+
+def test_of_every_response_as_many_tokens_are_kept_as_the_shortest_of_its_example_has(asked, plan):
+    data, everything = asked
+    for batch in Batches(data, plan, **everything):
+        for values in by_place(batch).values():
+            lengths = values["lengths"]
+            for k, length in enumerate(lengths):
+                for key in ("kept", "reference_kept"):
+                    assert len(values[key, k]) == length
+                    assert values[key, k].sum() == min(length, lengths[lengths > 0].min())
+
+
+def test_draws_differ_between_updates_places_and_seeds(asked):
+    data, everything = asked
+    plan = planned(data, batch_size=8, updates=4)
+    drawn = np.stack(
+        [
+            [values["gumbel"] for _, values in sorted(by_place(batch).items())]
+            for seed in (0, 1)
+            for batch in Batches(data, plan, **everything | dict(seed=seed))
+        ]
+    )
+    assert len(np.unique(drawn)) == drawn.size == 2 * 4 * 8
+
+
+def test_draws_of_a_sweep_belong_to_the_examples_whatever_the_batches(asked):
+    data, everything = asked
+    found = []
+    for batch_size, options in [(16, {}), (5, dict(prefix_sharing=False)), (21, dict(packing=False))]:
+        plan = planned(data, sweep=True, batch_size=batch_size, **options)
+        batches = Batches(data, plan, **everything, sweep=True)
+        found.append({int(values["ids"]): values for batch in batches for values in by_place(batch).values()})
+    assert [sorted(each) for each in found] == [list(range(21))] * 3
+    for other in found[1:]:
+        for example, values in other.items():
+            for key in values:
+                np.testing.assert_array_equal(values[key], found[0][example][key])
+    for example, values in found[0].items():
+        assert values["gumbel"] == np.float32(generator("gumbel", seed=5, place=example).gumbel())
+
+
+def test_a_column_that_the_data_lack_is_refused(case):
+    _, data, _ = case
+    with pytest.raises(ValueError, match="the data have no scores and no labels"):
+        Batches(data, planned(data), fields=["scores", "labels"])

@@ -10,6 +10,7 @@ YES = {"role": "assistant", "content": "Yes."}
 NO = {"role": "assistant", "content": "No."}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 LIST = {"prompt": "a", "responses": ["b", "c", "d"]}
+SINGLE = {"prompt": "a", "completion": "b"}
 
 
 def example(**row):
@@ -85,6 +86,20 @@ def test_a_single_response_may_be_labelled(row, label):
     assert example(**row).label is None
 
 
+@pytest.mark.parametrize("probability", [0, 1, 0.25, 1.0, None])
+@pytest.mark.parametrize("row", [{"prompt": "a", "completion": "b"}, {"messages": [USER, YES], "label": False}])
+def test_the_prompt_of_a_single_response_may_have_a_probability(row, probability):
+    row = row | {"prompt_probability": probability}
+    assert example(**row).prompt_probability == probability
+    assert unused_names(row) == []
+
+
+def test_a_prompt_probability_beside_several_responses_is_a_column_not_used():
+    for row in (PAIR, LIST):
+        assert example(**row, prompt_probability=7).prompt_probability is None
+        assert unused_names(row | {"prompt_probability": 7}) == ["prompt_probability"]
+
+
 def test_a_label_beside_a_pair_is_a_column_not_used():
     assert example(**PAIR, label=3).label is None
     assert unused_names(PAIR | {"label": 3}) == ["label"]
@@ -122,6 +137,11 @@ BAD = {
     "no `prompt`; only a pair": {"instruction": "a", "responses": ["b", "c"]},
     "`label` is int 1, needed true": {"prompt": "a", "completion": "b", "label": 1},
     "`label` is str 'true'": {"prompt": "a", "completion": "b", "label": "true"},
+    "`prompt_probability` is float 1.5, needed a number from 0 to 1": SINGLE | {"prompt_probability": 1.5},
+    "`prompt_probability` is float -0.1": SINGLE | {"prompt_probability": -0.1},
+    "`prompt_probability` is float nan": SINGLE | {"prompt_probability": float("nan")},
+    "`prompt_probability` is bool True": SINGLE | {"prompt_probability": True},
+    "`prompt_probability` is str '0.5'": SINGLE | {"prompt_probability": "0.5"},
 }
 
 

@@ -173,15 +173,16 @@ def test_a_changed_name_a_file_more_or_another_split_misses(run, tmp_path):
     assert len(other.ids) == 15
 
 
-@pytest.mark.parametrize("column", [{"scores": [1, 2]}, {"label": True}, {}])
+@pytest.mark.parametrize("column", [{"scores": [1, 2]}, {"label": True}, {"prompt_probability": 0.3}, {}])
 def test_columns_that_only_some_data_have_survive_the_cache(run, column):
     responses = {"responses": ["c", "d"]} if "scores" in column else {"completion": "c"}
     rows = [{"prompt": "ab"} | responses | column, {"prompt": "b"} | responses]
     run.path.write_text("\n".join(map(json.dumps, rows)))
     first, second = run(), run()
     assert hit(second)
-    assert (second.scores is not None, second.labels is not None) == ("scores" in column, "label" in column)
-    for left, right in ((first.scores, second.scores), (first.labels, second.labels)):
+    for name, key in {"scores": "scores", "labels": "label", "prompt_probabilities": "prompt_probability"}.items():
+        left, right = getattr(first, name), getattr(second, name)
+        assert (right is not None) == (key in column)
         assert (left is None) == (right is None)
         if left is not None:
             assert left.dtype == right.dtype

@@ -47,11 +47,19 @@ def test_labels_are_a_column_with_a_value_for_unknown(made):
     assert data.scores is None
 
 
+def test_prompt_probabilities_are_a_column_with_nan_for_unknown(made):
+    rows = [{"prompt": "a", "completion": "b", "prompt_probability": p} for p in (1, 0.25, None)]
+    data = made(*rows)
+    np.testing.assert_array_equal(data.prompt_probabilities, np.array([1, 0.25, np.nan], np.float32))
+    assert data.labels is None
+
+
 def test_columns_count_in_the_digest_and_only_where_they_are(made):
     plain = made(PAIR)
     scored, other = (made(PAIR | {"score_chosen": s, "score_rejected": 0}) for s in (1, 2))
     labelled = [made({"prompt": "a", "completion": "b"} | label) for label in ({}, {"label": True}, {"label": False})]
-    assert len({data.digest for data in (plain, scored, other, *labelled)}) == 6
+    likely = [made({"prompt": "a", "completion": "b", "prompt_probability": p}) for p in (0.5, 1)]
+    assert len({data.digest for data in (plain, scored, other, *labelled, *likely)}) == 8
     assert made(PAIR | {"note": 3}).digest == plain.digest
 
 
@@ -60,6 +68,15 @@ def test_first_responses_cut_scores_too(made):
     first = data.first_responses(2)
     assert first.scores.tolist() == [[3, 2]]
     assert first.digest == made({"prompt": "a", "responses": ["c", "d"], "scores": [3, 2]}).digest
+
+
+def test_first_responses_keep_what_belongs_to_the_example(made):
+    single = {"prompt": "a", "completion": "b", "label": False, "prompt_probability": 0.5}
+    first = made(single, PAIR).first_responses(1)
+    assert first.labels.tolist() == [0, UNLABELLED]
+    np.testing.assert_array_equal(first.prompt_probabilities, np.array([0.5, np.nan], np.float32))
+    alone = made(single, {"prompt": PAIR["prompt"], "completion": PAIR["chosen"]})
+    assert first.digest == alone.digest
 
 
 def test_sources_lie_one_behind_the_other(made):
@@ -92,6 +109,9 @@ def test_sources_with_and_without_a_column_are_filled_up(made):
     np.testing.assert_array_equal(both.scores, np.array([[np.nan, np.nan], [2, 1]], np.float32))
     single = {"prompt": "a", "completion": "b"}
     assert concatenate({"a": made(single | {"label": False}), "b": made(single)}).labels.tolist() == [0, UNLABELLED]
+    likely = concatenate({"a": made(single), "b": made(single | {"prompt_probability": 0.5})})
+    np.testing.assert_array_equal(likely.prompt_probabilities, np.array([np.nan, 0.5], np.float32))
+    assert (likely.scores, likely.labels) == (None, None)
 
 
 def test_the_digest_of_sources_tells_their_order(made):
