@@ -4,6 +4,8 @@ Override any of them on the command line: `--config.batch_size=16 --config.optim
 """
 
 import inspect
+import types
+import typing
 from typing import Any
 
 from ml_collections import config_dict
@@ -11,7 +13,7 @@ from ml_collections import config_dict
 from daajax.losses.objectives import OBJECTIVES
 
 
-def loss(name: str, **hyperparameters: float) -> config_dict.ConfigDict:
+def loss(name: str, **hyperparameters: float | str | None) -> config_dict.ConfigDict:
     """An objective with all its hyper-parameters, so that each can be overridden on the command line.
 
     Args:
@@ -20,9 +22,14 @@ def loss(name: str, **hyperparameters: float) -> config_dict.ConfigDict:
     """
     if name not in OBJECTIVES:
         raise ValueError(f"there is no objective {name!r}; there are {', '.join(sorted(OBJECTIVES))}")
-    parameters = list(inspect.signature(OBJECTIVES[name].function).parameters.values())[1:]
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    return config_dict.ConfigDict({"name": name, "weight": 1.0} | defaults | hyperparameters)
+    parameters = dict(list(inspect.signature(OBJECTIVES[name].function).parameters.items())[1:])
+    values = {key: parameter.default for key, parameter in parameters.items()} | hyperparameters
+    options = config_dict.ConfigDict({"name": name, "weight": 1.0} | values)
+    for key, parameter in parameters.items():
+        if types.NoneType in typing.get_args(parameter.annotation):  # a number may override None
+            options[key] = optional_float()
+            options[key] = values[key]
+    return options
 
 
 def optional_int() -> Any:
@@ -102,9 +109,17 @@ def get_config() -> Any:
     config.extra_losses = ()  # further ones to add: ({'name': 'sft', 'weight': 0.2},)
 
     config.reference = config_dict.ConfigDict()
-    # snapshot: the initial policy; path: another model; none: the loss reads no reference
+    # snapshot: the initial policy; path: another model; ema: a copy that follows the policy (TR-DPO); none: the loss
+    # reads no reference
     config.reference.mode = "snapshot"
     config.reference.path = optional_text()  # model directory for mode path
+    # keep its model in memory beside the policy and score with it, in place of the cache; objectives that read whole
+    # distributions (tdpo1, tdpo2) and mode ema do so by themselves
+    config.reference.live = False
+    # of mode ema: reference <- decay · reference + (1 - decay) · policy
+    config.reference.ema = config_dict.ConfigDict()
+    config.reference.ema.decay = 0.4  # 0: a hard update; TR-DPO's α is 1 - decay
+    config.reference.ema.every = 512  # updates between two such steps
     config.reference.cache_dir = "~/.cache/daajax/reference"  # reference log-probs, shared by every run
 
     config.optimizer = config_dict.ConfigDict()

@@ -1,8 +1,10 @@
 """Checkpoints: a run's states on disk, by Orbax, each with a digest that tells a damaged one.
 
-A checkpoint has three items: `params`, which can be restored alone; `optimizer`; and `record`, JSON that says what the
-others must be. Orbax keeps no checksum of contents, so every leaf's digest is taken on the devices before it is saved
-and compared after it is restored. What is damaged is set aside and the one before it used, both of it said.
+A checkpoint has an item for each part of the state that there is anything of, and each can be restored alone:
+`params`, `optimizer`, what the `objectives` keep, a `reference` that follows the policy. Beside them lies `record`,
+JSON that says what they must be. Orbax keeps no checksum of contents, so every leaf's digest is taken on the devices
+before it is saved and compared after it is restored. What is damaged is set aside and the one before it used, both of
+it said.
 """
 
 import contextlib
@@ -23,7 +25,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 from daajax.console import say
 from daajax.errors import UserError, one_line
 from daajax.models import weights
-from daajax.models.decoder import Params
 from daajax.step import TrainState
 
 FAILURES = 3  # saves in a row that may fail before the run ends
@@ -32,6 +33,8 @@ BEST = {  # metric that the best checkpoint may be chosen by: whether less of it
     "eval/rewards/accuracies": False,
     "eval/rewards/margins": False,
 }
+ITEMS = ("params", "optimizer", "objectives", "reference")  # parts of a state, each of which can be restored alone
+_SPOKEN = {"optimizer": "the optimizer", "objectives": "what the objectives keep", "reference": "the reference"}
 _FOLDER, _ASIDE = "checkpoints", "damaged-checkpoints"
 
 
@@ -124,10 +127,9 @@ class Checkpoints:
             UserError: If `FAILURES` saves in a row have failed.
         """
         self._settle()  # else its failure would be taken for this one's
-        self._records[step] = record = dataclasses.replace(record, leaves=_leaves(state))
+        self._records[step] = record = dataclasses.replace(record, leaves=_leaves(_items(state)))
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(state.optimizer),
+            **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
             record=ocp.args.JsonSave({"content": _json(record), "sha256": _sha256(_json(record))}),
         )
         with self._going_on(step):
@@ -180,8 +182,8 @@ class Checkpoints:
         Args:
             step: Which.
             abstract: Shapes, dtypes and shardings.
-            fresh: Called as `fresh(params, updates=…)`, makes a state of parameters alone, should the checkpoint be of
-                another optimizer; None refuses it.
+            fresh: Called as `fresh(params, updates=…, parts=…)`, makes those parts of a state of parameters alone,
+                should the checkpoint be of another optimizer or loss; None refuses it.
 
         Raises:
             UserError: If it is the state of another model or optimizer.
@@ -189,37 +191,39 @@ class Checkpoints:
         """
         record, place = self.record(step), str(self.folder / str(step))
         _check_fits(record, abstract, "params", place)
-        items = {"params": ocp.args.StandardRestore(abstract.params)}
-        try:
-            _check_fits(record, abstract, "optimizer", place)
-            items["optimizer"] = ocp.args.StandardRestore(abstract.optimizer)
-        except UserError as error:
-            if fresh is None:
-                raise
-            say(f"{error} Forced: its parameters are taken, and the optimizer starts afresh")
-        found = self._read(step, **items)
-        state = TrainState(None, found["params"], found.get("optimizer", ()))
-        _check_leaves(record, _leaves(state))
-        if fresh is not None and "optimizer" not in items:
-            return fresh(state.params, updates=step)
-        return state._replace(step=jax.device_put(jnp.int32(step), abstract.step.sharding))
+        items, lacking = _items(abstract), []
+        for name in ITEMS[1:]:
+            try:
+                _check_fits(record, abstract, name, place)
+            except UserError as error:
+                if fresh is None:
+                    raise
+                afresh = "starts afresh from them" if name in _items(abstract) else "is left out"
+                say(f"{error} Forced: its parameters are taken, and {_SPOKEN[name]} {afresh}")
+                lacking.append(name)
+                items.pop(name, None)
+        found = self._restored(step, record, items)
+        state = abstract._replace(step=jax.device_put(jnp.int32(step), abstract.step.sharding), **found)
+        if fresh is not None and lacking:
+            made = fresh(state.params, updates=step, parts=lacking)
+            return state._replace(**{name: getattr(made, name) for name in lacking})
+        return state
 
-    def restore_params(self, step: int, abstract: Params) -> Params:
-        """Reads the parameters alone.
+    def restore_parts(self, step: int, abstract: TrainState) -> TrainState:
+        """Reads some parts of a state.
 
         Args:
             step: Which.
-            abstract: Shapes, dtypes and shardings.
+            abstract: Shapes, dtypes and shardings; parts that are empty are not read.
 
         Raises:
             UserError: If it is another model's or damaged.
         """
         with self._must_be_sound(step):
-            record = self.record(step)
-            _check_fits(record, TrainState(None, abstract, ()), "params", str(self.folder / str(step)))
-            params = self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
-            _check_leaves(record, _leaves(TrainState(None, params, ())))
-        return params
+            record, items = self.record(step), _items(abstract)
+            for name in items:
+                _check_fits(record, abstract, name, str(self.folder / str(step)))
+            return abstract._replace(**self._restored(step, record, items))
 
     def restore_latest(
         self, abstract: TrainState, fresh: Callable[..., TrainState] | None = None
@@ -311,6 +315,13 @@ class Checkpoints:
         finite = {step: value for step, value in found.items() if math.isfinite(value)}
         return (min if BEST[self.best] else max)(finite, key=finite.__getitem__, default=None)
 
+    def _restored(self, step: int, record: Record, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """Items as they were saved, by name."""
+        items = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
+        found = {name: value for name, value in self._read(step, **items).items() if name in items}
+        _check_leaves(record, _leaves(found))
+        return found
+
     def _read(self, step: int, **items: Any) -> Any:
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
@@ -359,11 +370,16 @@ def check_origin(before: Record, now: Record, *, forced: bool) -> None:
             say(f"{line} (forced)")
 
 
-def _leaves(state: TrainState) -> dict[str, str]:
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that there is anything of, by name."""
+    return {name: getattr(state, name) for name in ITEMS if jax.tree.leaves(getattr(state, name))}
+
+
+def _leaves(items: Mapping[str, Any]) -> dict[str, str]:
     """Shape, dtype and digest of every leaf, by path; where leaves are abstract, without the digest."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path({"params": state.params, "optimizer": state.optimizer})
+        for path, leaf in jax.tree.leaves_with_path(dict(items))
     }
     digests = weights.leaf_digests({n: leaf for n, leaf in leaves.items() if isinstance(leaf, jax.Array)})
     return {
@@ -375,14 +391,15 @@ def _check_fits(record: Record, abstract: TrainState, item: str, place: str) -> 
     """Refuses an item of another model or optimizer before Orbax reads it."""
     before, now = (
         {name: text.split()[0] for name, text in leaves.items() if name.startswith(f"{item}/")}
-        for leaves in (record.leaves, _leaves(abstract))
+        for leaves in (record.leaves, _leaves(_items(abstract)))
     )
+    what = {"objectives": "loss", "reference": "model or reference.mode"}.get(item, "model or optimizer")
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise UserError(
-                f"checkpoint {place} is of another model or optimizer: {name} is {before.get(name, 'not there')}, "
-                f"needed is {now.get(name, 'nothing of that name')}; name another --workdir, or the model and "
-                "optimizer that the run was made with."
+                f"checkpoint {place} is of another {what}: {name} is {before.get(name, 'not there')}, needed is "
+                f"{now.get(name, 'nothing of that name')}; name another --workdir, or the {what} that the run was "
+                "made with."
             )
 
 

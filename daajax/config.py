@@ -14,7 +14,8 @@ from daajax.data.packing import parse_row_length
 from daajax.data.sources import SOURCES
 from daajax.data.tokenization import SCORES, TRUNCATIONS
 from daajax.errors import UserError, one_line
-from daajax.losses.terms import bind
+from daajax.losses.objectives import OBJECTIVES
+from daajax.losses.terms import Needs, bind
 from daajax.models.decoder import REMAT
 from daajax.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer
 from daajax.scoring import ATTENTION
@@ -22,7 +23,7 @@ from daajax.scoring import ATTENTION
 Config = Any  # a ConfigDict with the keys of configs/base.py; it types none of its attributes
 
 DTYPES = ("float32", "bfloat16")
-REFERENCE_MODES = ("snapshot", "path", "none")
+REFERENCE_MODES = ("snapshot", "path", "ema", "none")
 
 
 class _Range(NamedTuple):
@@ -83,6 +84,8 @@ _RANGES = {
     "optimizer.weight_decay": _Range(0),
     "packing.rows": _Range(1),
     "packing.shapes": _Range(1),
+    "reference.ema.decay": _Range(0, 1),
+    "reference.ema.every": _Range(1),
     "seed": _Range(0),
     "steps": _Range(1),
 }
@@ -137,8 +140,14 @@ def resolve(config: Config) -> Config:
             f"config.checkpoint.best={config.checkpoint.best!r}: loss {terms[0].name!r} has no rewards; "
             "set it to 'eval/loss'."
         )
+    if config.checkpoint.best == "eval/rewards/accuracies" and "labels" in Needs.of(terms).fields:
+        raise UserError(
+            f"config.checkpoint.best='eval/rewards/accuracies': loss {terms[0].name!r} compares no two responses, it "
+            "has no accuracy; set it to 'eval/loss' or 'eval/rewards/margins'."
+        )
     shares(data_sources(config.data, "data"))
     _check_eval_data(config)
+    config.unlock().loss = _whole(config.loss)
     return config.unlock().lock()  # a config that is locked already would not look at its parts
 
 
@@ -163,11 +172,18 @@ def _fill(config: Config, stored: Mapping[str, Any]) -> None:
     """Puts the values of a stored config into one that has their types."""
     for key, value in stored.items():
         if key == "loss":
-            config[key] = config_dict.ConfigDict(value)
+            config[key] = _whole(value)
         elif isinstance(value, Mapping) and isinstance(config.get(key), config_dict.ConfigDict):
             _fill(config[key], value)
         elif value is not None or config.get(key) is not None:
             config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _whole(loss: Any) -> Config:
+    """A loss with the defaults of the hyper-parameters that it does not name."""
+    whole = base.loss(loss["name"]) if loss.get("name") in OBJECTIVES else config_dict.ConfigDict()
+    whole.unlock().update(loss.to_dict() if isinstance(loss, config_dict.ConfigDict) else dict(loss))
+    return whole
 
 
 def losses(config: Config) -> list[dict[str, Any]]:
@@ -291,12 +307,20 @@ def _check_reference(config: Config) -> None:
     needing = [term.name for term in terms if term.objective.reference]
     if needing and reference.mode == "none":
         raise UserError(
-            f"loss {needing[0]!r} needs a reference but config.reference.mode='none'; use 'snapshot' or 'path'."
+            f"loss {needing[0]!r} needs a reference but config.reference.mode='none'; use 'snapshot', 'path' or 'ema'."
         )
     if not needing and reference.mode != "none":
         raise UserError(
             f"loss {terms[0].name!r} reads no reference but config.reference.mode={reference.mode!r} asks for one; "
             "set --config.reference.mode=none."
+        )
+    if reference.live and reference.mode == "none":
+        raise UserError("config.reference.live=True but config.reference.mode='none': there is none to keep.")
+    known = base.get_config().reference.ema.to_dict()
+    changed = [name for name, value in reference.ema.items() if value != known[name]]
+    if changed and reference.mode != "ema":
+        raise UserError(
+            f"config.reference.ema.{changed[0]} is set but config.reference.mode={reference.mode!r}; set mode to 'ema'."
         )
 
 

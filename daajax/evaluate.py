@@ -19,15 +19,16 @@ from daajax import checkpoint, command, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
-from daajax.data.packing import Plan
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
-from daajax.losses.terms import Term, bind
+from daajax.loss import Counts, State, Sums, loss_of
+from daajax.losses.scores import Responses
+from daajax.losses.terms import Needs, Term, bind
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.output import as_json, check, write_rows
 from daajax.scoring import Batch, Scorer
-from daajax.step import Counts, Sums, loss_of, sums_of
+from daajax.step import Live, sums_under
 
 _EVALUATIONS = "evaluations.jsonl"
 
@@ -42,9 +43,9 @@ class Evaluation:
         scorer: The policy's.
         terms: The loss.
         data: The examples.
-        plan: Visits each of them once.
-        reference: Reference log-prob of each of the data's tokens, nats; None without a reference.
+        batches: Of these examples, each of them once.
         mesh: The mesh.
+        reference_scorer: Scores rows under a live reference; None: none is.
     """
 
     def __init__(
@@ -52,50 +53,73 @@ class Evaluation:
         scorer: Scorer,
         terms: Sequence[Term],
         data: TokenizedData,
-        plan: Plan,
-        reference: Float[np.ndarray, " total"] | None,
+        batches: Batches,
         mesh: Any,
+        reference_scorer: Scorer | None = None,
     ):
-        def sums(params: Params, part: Batch, keys: int) -> Sums:
-            return sums_of(scorer.token_logps(params, part, keys=keys), part, reference=reference is not None)
+        needs = Needs.of(terms)
 
-        self._sums = jax.jit(sums, static_argnums=2, out_shardings=sharding.replicated(mesh))
+        def sums(params: Params, reference: Params, part: Batch, keys: int) -> Sums:
+            live = None if reference_scorer is None else Live(reference_scorer, reference)
+            return sums_under(scorer, params, part, needs, keys=keys, live=live)
+
+        self._sums = jax.jit(sums, static_argnums=3, out_shardings=sharding.replicated(mesh))
         self._metrics = jax.jit(functools.partial(_metrics_of, terms=terms))
-        self._batches, self._mesh = Batches(data, plan, reference), mesh
-        self._data, self._responses = data, data.lengths.shape[1] - 1
-        self._has_reference = reference is not None
+        self._data, self._batches, self._mesh = data, batches, mesh
 
-    def __call__(self, params: Params, progress: Progress | None = None) -> dict[str, float]:
-        """Metrics by name, such as `eval/loss`; by source too, `eval/<source>/loss`, where there are several."""
-        return self.report(self.score(params, progress))
+    def __call__(
+        self, params: Params, state: State, reference: Params | None = None, progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Metrics by name, such as `eval/loss`; by source too, `eval/<source>/loss`, where there are several.
 
-    def report(self, sums: Sums) -> dict[str, float]:
+        Args:
+            params: The policy's.
+            state: What the objectives keep; it is read as an update would, and not changed.
+            reference: A live reference's parameters.
+            progress: Goes on with every batch.
+        """
+        return self.report(*self.score(params, reference, progress), state)
+
+    def report(self, sums: Sums, examples: Batch, state: State) -> dict[str, float]:
         """The metrics of what `score` returned."""
-        examples = {"lengths": self._data.scored_lengths(), "weights": self._data.weights}
         found = {}
         for prefix, mask in self._groups():
-            values = jax.device_get(self._metrics(sums, examples, mask))
+            values = jax.device_get(self._metrics(sums, examples, mask, state))
             found |= {f"{prefix}/{name}": float(value) for name, value in values.items()}
         return found
 
-    def score(self, params: Params, progress: Progress | None = None) -> Sums:
-        """Sums over each response of every example, nats, `[examples, K]` in the order of the data."""
-        shape = (len(self._data.weights), self._responses)
-        logps, log_ratios = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    def score(
+        self, params: Params, reference: Params | None = None, progress: Progress | None = None
+    ) -> tuple[Sums, Batch]:
+        """Scores every example.
+
+        Args:
+            params: The policy's.
+            reference: A live reference's parameters.
+            progress: Goes on with every batch.
+
+        Returns:
+            Sums over each response, nats, `[examples, K]`, and what the loss reads besides of each example; both in the
+            order of the data.
+        """
+        found, read, ids = [], [], []
         plan = self._batches.plan
         for update in range(plan.updates):
             batch = self._batches[update]
             for n in range(plan.micro_batches):
                 part = {name: value[n] for name, value in batch.items()}
                 placed = sharding.place(self._mesh, part, ("rows",))
-                sums = jax.device_get(self._sums(params, placed, plan.shape(update).keys))
+                sums = jax.device_get(self._sums(params, reference or {}, placed, plan.shape(update).keys))
                 real = part["ids"] >= 0
-                logps[part["ids"][real]] = sums.logps[real]
-                if sums.log_ratios is not None:
-                    log_ratios[part["ids"][real]] = sums.log_ratios[real]
+                found.append(jax.tree.map(lambda x, real=real: x[real], sums))
+                read.append({name: part[name][real] for name in ("weights", *Responses._fields) if name in part})
+                ids.append(part["ids"][real])
             if progress is not None:
                 progress.advance()
-        return Sums(jnp.asarray(logps), jnp.asarray(log_ratios) if self._has_reference else None)
+        order = np.argsort(np.concatenate(ids))
+        return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[order]), found[0], *found[1:]), {
+            name: jnp.asarray(np.concatenate([part[name] for part in read])[order]) for name in read[0]
+        }
 
     def _groups(self) -> list[tuple[str, Bool[np.ndarray, " examples"]]]:
         """Prefix of the metrics' names, and which examples they are of."""
@@ -107,13 +131,12 @@ class Evaluation:
 
 
 def _metrics_of(
-    sums: Sums, examples: Batch, mask: Bool[Array, " examples"], *, terms: Sequence[Term]
+    sums: Sums, examples: Batch, mask: Bool[Array, " examples"], state: State, *, terms: Sequence[Term]
 ) -> dict[str, Float[Array, ""]]:
     """The loss of the examples in a mask, and what is logged of it."""
     places = jnp.where(mask, jnp.arange(len(mask)), -1)
-    lengths = jnp.where(mask[:, None], examples["lengths"], 0)
-    counts = Counts.of({"places": places, "lengths": lengths})
-    _, logged = loss_of(sums, {**examples, "places": places}, terms, counts)
+    chosen = {**examples, "places": places}
+    _, (logged, _) = loss_of(sums, chosen, terms, Counts.of(chosen), state)
     return logged.values()
 
 
@@ -124,7 +147,8 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
         config: The run's, with what the command line changes.
         workdir: Its folder.
         step: Update of the checkpoint; 0 is the initial policy, None the latest.
-        output: File for one JSON line an example: `id`, and by response `logps` and `log_ratios`, nats.
+        output: File for one JSON line an example: `id`, and by response `logps`, `log_ratios` and whatever else the
+            loss sums, nats.
 
     Raises:
         UserError: If there is no such checkpoint, no held-out data, the data do not fit, or a file cannot be written.
@@ -141,25 +165,29 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     step = saved.choose(step)
     data, plan = run.load_held_out(config, architecture, terms, mesh)
     scorer = run.make_scorer(config, architecture, mesh)
-    params, reference = None, None
+    live, columns, initial, reference = bool(run.why_live(config, terms)), {}, None, {}
+    reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     if config.reference.mode != "none":
-        params = run.load_initial_params(config, scorer, mesh)
-        found = run.load_reference(config, [(data, plan)], scorer, params, mesh)
-        (reference,) = found.columns
+        initial = run.load_initial_params(config, scorer, mesh)
+        found = run.load_reference(config, [(data, plan)], scorer, reference_scorer, initial, terms, mesh)
+        (columns,) = found.columns
+        if not (step and config.reference.mode == "ema"):  # else it is in the checkpoint
+            reference = found.live
         origin = checkpoint.Record(data="", model=found.policy, reference=found.digest)
         saved.check_origin(step, origin, forced=config.resume == "force")
-        if step != 0:
-            params = None  # before the others come
-    if params is None:
-        params = run.params_at(config, saved, step, scorer, mesh)
+        del found
+    if step != 0:
+        initial = None  # before the others come
+    state = run.state_at(config, saved, step, scorer, terms, mesh, initial=initial)
     progress = Progress("evaluate", plan.updates, "batch")
-    evaluation = Evaluation(scorer, terms, data, plan, reference, mesh)
-    sums = evaluation.score(params, progress)
+    batches = run.make_batches(config, data, plan, columns, terms, sweep=True)
+    evaluation = Evaluation(scorer, terms, data, batches, mesh, reference_scorer if live else None)
+    sums, examples = evaluation.score(state.params, state.reference or reference, progress)
     progress.close()
     if output is not None:
         write_rows(pathlib.Path(output), _rows(data.ids, sums))
         say(f"the log-probs of {len(data.ids)} examples are in {output}")
-    values = evaluation.report(sums)
+    values = evaluation.report(sums, examples, state.objectives)
     for name, value in values.items():
         say(f"{name}: {value:.6g}")
     line = as_json({"step": step, "data": config.eval_data.path, "examples": len(data.weights), **values})
@@ -175,7 +203,8 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
 
 def _rows(ids: Sequence[str], sums: Sums) -> list[dict[str, Any]]:
     """What each example's responses were given."""
-    columns = {name: np.asarray(values).tolist() for name, values in sums._asdict().items() if values is not None}
+    found = {"logps": sums.logps, "log_ratios": sums.log_ratios, **sums.further}
+    columns = {name: np.asarray(values).tolist() for name, values in found.items() if values is not None}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [{"id": name, **row} for name, row in zip(ids, rows, strict=True)]
 

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from daajax.config import Config
 from daajax.console import say
 from daajax.errors import UserError
-from daajax.losses.terms import Term
+from daajax.loss import Counts, Order, Sums, loss_of, sums_of
+from daajax.losses.terms import Needs, Term, initial_state
 from daajax.run import Reference
-from daajax.scoring import Batch, response_sums
-from daajax.step import Counts, Order, Sums, loss_of
+from daajax.scoring import Batch
 
 # By compute dtype: the metric that is bounded, and its bound in nats. What rounding to bfloat16 does grows with the
 # square root of the length, and XLA chooses per program where it rounds: on CPU the same rows of a real model scored
@@ -29,7 +29,11 @@ _BOUNDS = {
 }
 
 
-def why_not_checked(config: Config, reference: Reference | None, updates: int) -> str:
+# What is known of the policy's distributions where it is the reference, from the reference's log-probs.
+_AT_REFERENCE = {"logps": lambda logps: logps, "kl": jnp.zeros_like}
+
+
+def why_not_checked(config: Config, reference: Reference | None, needs: Needs, updates: int) -> str:
     """The reason why nothing is promised of the loss after so many updates; empty where something is."""
     if not config.check_first_loss:
         return "check_first_loss is off"
@@ -37,6 +41,8 @@ def why_not_checked(config: Config, reference: Reference | None, updates: int) -
         return f"the policy has done {updates} updates"
     if reference is None:
         return "the loss reads no reference"
+    if unknown := sorted(set(needs.statistics) - set(_AT_REFERENCE)):
+        return f"the loss reads {unknown[0]} of the policy, which is not kept of the reference"
     if not reference.is_initial_policy:
         return f"the reference {config.reference.path} is not the initial policy"
     return ""
@@ -77,7 +83,7 @@ def expect(batch: Batch, terms: Sequence[Term], *, batch_size: int, dtype: str) 
     """What the first update of a run must report whose reference is the initial policy.
 
     Args:
-        batch: The first update, with reference log-probs.
+        batch: The first update, with what is known of the reference.
         terms: The loss.
         batch_size: Examples an update.
         dtype: Compute dtype.
@@ -103,10 +109,17 @@ def loss_at_reference(
     Returns:
         The loss, and how much log-ratios of the size of `tolerance` change it, to first order.
     """
-    _, slots, responses = batch["lengths"].shape[1:]
-    order = Order(batch["places"], batch_size)
-    total = jax.vmap(lambda values, owners: response_sums(values, owners, slots, responses))
-    logps = order.by_place(total(batch["reference"], batch["owners"]))
-    at, examples = Sums(logps, jnp.zeros_like(logps)), order.examples(batch)
-    loss, gradient = jax.value_and_grad(lambda sums: loss_of(sums, examples, terms, Counts.of(batch))[0])(at)
-    return loss, ((jnp.abs(gradient.logps) + jnp.abs(gradient.log_ratios)) * tolerance).sum()
+    needs, order = Needs.of(terms), Order(batch["places"], batch_size)
+    at_reference = {name: value(batch["reference"]) for name, value in _AT_REFERENCE.items()}
+    sums = jax.vmap(functools.partial(sums_of, needs=needs))(at_reference, batch)
+    examples, counts, state = order.examples(batch), Counts.of(batch), jax.tree.map(jnp.float32, initial_state(terms))
+    by_place = jax.tree.map(order.by_place, sums)
+
+    def at(change: float) -> tuple[Float[Array, ""], Sums]:
+        moved = jax.tree.map(lambda x: x + change * tolerance, by_place)
+        return jax.value_and_grad(lambda sums: loss_of(sums, examples, terms, counts, state)[0])(moved)
+
+    # The steepest of three places: some objectives have a kink right where policy and reference are one.
+    (_, below), (loss, here), (_, above) = at(-1.0), at(0.0), at(1.0)
+    slopes = jax.tree.map(lambda *x: jnp.max(jnp.abs(jnp.stack(x)), axis=0), below, here, above)
+    return loss, jnp.stack([(slope * tolerance).sum() for slope in jax.tree.leaves(slopes)]).sum()

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "micro_batches",
     "packing",
     "reference.cache_dir",
+    "reference.live",
     "remat",
     "resume",
     "steps",

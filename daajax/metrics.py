@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from daajax.console import say
 from daajax.data.packing import Plan
-from daajax.losses.objectives import Losses
+from daajax.losses.objective import Losses
 from daajax.losses.scores import Responses
 from daajax.output import as_json
 
@@ -51,8 +51,12 @@ def of_examples(
     responses: Responses,
     real: Bool[Array, " examples"],
     count: Float[Array, ""],
+    wanted: Float[Array, ""] | None = None,
 ) -> Logged:
     """What is logged of some examples of an update.
+
+    `chosen` is response 0 and `rejected` the mean of the others that there are; of labelled examples, `chosen` are
+    those that are wanted, `rejected` those that are not.
 
     Args:
         loss: Their share of the update's loss.
@@ -61,38 +65,67 @@ def of_examples(
         responses: Their log-probs.
         real: Which of them are examples.
         count: Examples in the whole update.
+        wanted: Of them, those with label 1; None where the terms read no labels.
     """
     sums, maxima = {"loss": loss}, {}
 
-    def mean(name: str, values: Array) -> None:
-        sums[name] = jnp.where(real, values, 0).sum() / count
+    def mean(name: str, values: Array, among: Array = real, of: Array = count) -> None:
+        sums[name] = jnp.where(among, values, 0).sum() / jnp.maximum(of, 1)
+
+    def sides(name: str, values: Float[Array, "examples responses"]) -> None:
+        if wanted is not None:
+            mean(f"{name}/chosen", values[:, 0], real & (responses.labels == 1), wanted)
+            mean(f"{name}/rejected", values[:, 0], real & (responses.labels == 0), count - wanted)
+        else:
+            mean(f"{name}/chosen", values[:, 0])
+            if values.shape[1] > 1:
+                mean(f"{name}/rejected", _mean_of_others(values, responses.lengths))
 
     for name, part, result in results:
         if len(results) > 1:
             sums[f"loss/{name}"] = part
         for key, values in result.metrics.items():
-            mean(key, values)
+            mean(key if key not in sums else f"{key}/{name}", values)
+    sides("logps", responses.logps)
     rewards = next((result.rewards for _, _, result in results if result.rewards is not None), None)
-    pair = responses.logps.shape[1] == 2
-    mean("logps/chosen", responses.logps[:, 0])
-    if pair:
-        mean("logps/rejected", responses.logps[:, 1])
-    if pair and rewards is not None:
-        margins = rewards[:, 0] - rewards[:, 1]
-        mean("rewards/chosen", rewards[:, 0])
-        mean("rewards/rejected", rewards[:, 1])
-        mean("rewards/margins", margins)
-        mean("rewards/accuracies", (margins > 0).astype(jnp.float32))
+    if rewards is not None and (wanted is not None or rewards.shape[1] > 1):
+        sides("rewards", rewards)
+        sums["rewards/margins"] = sums["rewards/chosen"] - sums["rewards/rejected"]
+        if wanted is None:
+            mean("rewards/accuracies", _in_order(rewards, responses.lengths))
     if responses.log_ratios is not None:
         ratios = responses.log_ratios
-        mean("displacement/chosen", ratios[:, 0])
-        mean("displacement/chosen_fell", (ratios[:, 0] < 0).astype(jnp.float32))
-        if pair:
-            mean("displacement/rejected", ratios[:, 1])
+        sides("displacement", ratios)
+        among = real if wanted is None else real & (responses.labels == 1)
+        mean(
+            "displacement/chosen_fell",
+            (ratios[:, 0] < 0).astype(jnp.float32),
+            among,
+            count if wanted is None else wanted,
+        )
         size = jnp.where(real[:, None], jnp.abs(ratios), 0)
         maxima["log_ratios/largest"] = size.max()
         maxima["log_ratios/largest_per_sqrt_token"] = (size / jnp.sqrt(jnp.maximum(responses.lengths, 1))).max()
     return Logged(sums, maxima)
+
+
+def _mean_of_others(
+    values: Float[Array, "examples responses"], lengths: Int[Array, "examples responses"]
+) -> Float[Array, " examples"]:
+    """The mean over the responses but the first, of those that there are."""
+    others = lengths[:, 1:] > 0
+    return jnp.where(others, values[:, 1:], 0).sum(axis=1) / jnp.maximum(others.sum(axis=1), 1)
+
+
+def _in_order(
+    rewards: Float[Array, "examples responses"], lengths: Int[Array, "examples responses"]
+) -> Float[Array, " examples"]:
+    """The share of pairs of responses, the first before the second, whose first has the higher reward."""
+    responses = rewards.shape[1]
+    earlier = jnp.triu(jnp.ones((1, responses, responses), bool), 1)
+    pairs = earlier & (lengths[:, :, None] > 0) & (lengths[:, None] > 0)
+    right = pairs & (rewards[:, :, None] > rewards[:, None])
+    return right.sum(axis=(1, 2)) / jnp.maximum(pairs.sum(axis=(1, 2)), 1)
 
 
 class Clock:

@@ -27,10 +27,13 @@ def precompute(config: Config, workdir: str = "") -> None:
     terms = bind(losses(config))
     architecture = read_architecture(config.model.path)
     mesh = sharding.make_mesh(config.mesh.to_dict())
+    if why := run.why_live(config, terms):
+        raise UserError(f"the reference stays in memory beside the policy ({why}): there is nothing to precompute.")
     sets = run.load_sets(config, architecture, terms, mesh)
     scorer = run.make_scorer(config, architecture, mesh)
+    reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     params = run.load_initial_params(config, scorer, mesh)
-    run.load_reference(config, sets, scorer, params, mesh)
+    run.load_reference(config, sets, scorer, reference_scorer, params, terms, mesh)
     say("the reference cache has everything this run reads")
 
 

@@ -1,5 +1,8 @@
 """Reference log-probs: scored once by a jitted pass of their own, kept per token, found by content.
 
+An objective may ask for the entropies of the reference's distributions too; they are a second column of the same
+entries, there where it was asked for.
+
 The cache has one entry a response, keyed by the digest of its token ids and of which of them are scored. Entries lie
 in a folder named by what else they follow from: the reference's weights, its architecture and the compute dtype.
 Objective, beta, learning rate, layout, mesh and output folder are not part of either key, so every run of a sweep
@@ -11,11 +14,12 @@ Files are Parquet with page checksums: readable anywhere, and a truncated or dam
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +37,9 @@ from daajax.errors import UserError
 FORMAT = 1  # raise it whenever the same weights and tokens would get other numbers, or the files another layout
 _SAVE_SECONDS = 60.0  # what an interrupted pass can lose
 _HEADER = b"daajax.reference"
+
+
+Entry = dict[str, Float[np.ndarray, " scored"]]  # by column, of a response's scored tokens: nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Cache:
     Args:
         folder: Root of all caches.
         header: What the entries follow from.
+        columns: Keys of `daajax.ops.head.STATISTICS` that an entry must have to count; the first is `logps`.
 
     Attributes:
         folder: Where its files lie.
@@ -75,8 +83,8 @@ class Cache:
         UserError: If the folder cannot be written.
     """
 
-    def __init__(self, folder: str, header: Header):
-        self._header = header
+    def __init__(self, folder: str, header: Header, columns: Sequence[str] = ("logps",)):
+        self._header, self.columns = header, tuple(columns)
         self.folder = pathlib.Path(folder).expanduser() / header.digest
         self.notices: list[str] = []
         try:
@@ -86,23 +94,30 @@ class Cache:
             raise UserError(
                 f"reference.cache_dir={folder} cannot be written ({error.strerror}); name another folder."
             ) from None
-        self._entries: dict[bytes, np.ndarray] = {}
+        self._entries: dict[bytes, Entry] = {}
         for file in sorted(self.folder.glob("part-*.parquet")):
             self._read(file)
 
-    def get(self, key: bytes, length: int) -> Float[np.ndarray, " scored"] | None:
-        """The log-probs of a response's scored tokens, nats; None if there is no sound entry of that length."""
-        values = self._entries.get(key)
-        return values if values is not None and len(values) == length else None
+    def get(self, key: bytes, length: int) -> Entry | None:
+        """The columns of a response's scored tokens; None if no sound entry of that length has all of them."""
+        entry = self._entries.get(key, {})
+        return entry if all(len(entry.get(name, ())) == length for name in self.columns) else None
 
-    def append(self, entries: Mapping[bytes, Float[np.ndarray, " scored"]]) -> None:
-        """Writes entries as one further file, whole or not at all."""
+    def append(self, entries: Mapping[bytes, Entry]) -> None:
+        """Writes entries, which have all columns, as one further file, whole or not at all.
+
+        What an entry has already stays as it is: whoever read it has computed with it to the last bit.
+        """
         if not entries:
             return
-        offsets = np.cumsum([0, *map(len, entries.values())], dtype=np.int64)
-        flat = np.concatenate([np.zeros(0, np.float32), *entries.values()]).astype(np.float32)
-        logps = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
-        table = pa.table({"response": pa.array(list(entries), pa.binary(16)), "logps": logps})
+        entries = {key: {**entry, **self._entries.get(key, {})} for key, entry in entries.items()}
+        lists = {}
+        for name in self.columns:
+            values = [entry[name] for entry in entries.values()]
+            offsets = np.cumsum([0, *map(len, values)], dtype=np.int64)
+            flat = np.concatenate([np.zeros(0, np.float32), *values]).astype(np.float32)
+            lists[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        table = pa.table({"response": pa.array(list(entries), pa.binary(16)), **lists})
         table = table.replace_schema_metadata({_HEADER: self._header.content})
         file = self.folder / f"part-{secrets.token_hex(8)}.parquet"
         try:
@@ -120,10 +135,13 @@ class Cache:
             if (table.schema.metadata or {}).get(_HEADER) != self._header.content:
                 raise ValueError("it was written for another reference")
             keys = table.column("response").to_pylist()
-            column = table.column("logps").combine_chunks()
-            flat, offsets = np.asarray(column.values), np.asarray(column.offsets)
-            if len(keys) and not np.isfinite(flat).all():
-                raise ValueError("it holds numbers that are not finite")
+            columns = {}
+            for name in ("logps", *(set(table.column_names) & set(self.columns) - {"logps"})):
+                column = table.column(name).combine_chunks()
+                flat, offsets = np.asarray(column.values), np.asarray(column.offsets)
+                if len(keys) and not np.isfinite(flat).all():
+                    raise ValueError("it holds numbers that are not finite")
+                columns[name] = [flat[begin:end] for begin, end in itertools.pairwise(offsets)]
         except (OSError, ValueError, KeyError, AttributeError, pa.ArrowException) as error:
             aside = file.with_suffix(".damaged")
             with contextlib.suppress(OSError):
@@ -134,9 +152,9 @@ class Cache:
                 f"set aside as {aside.name}, its entries are scored again"
             )
             return
-        self._entries.update(
-            (key, flat[begin:end]) for key, begin, end in zip(keys, offsets[:-1], offsets[1:], strict=True)
-        )
+        for place, key in enumerate(keys):
+            found = {name: column[place] for name, column in columns.items()}
+            self._entries[key] = self._entries.get(key, {}) | found  # an older file may have fewer columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +198,21 @@ def missing(data: TokenizedData, examples: Int[np.ndarray, " some"], cache: Cach
     return np.array(lacking, np.int64)
 
 
-def score_pass(data: TokenizedData, plan: Plan, score: Callable[[Batch, int], Any], cache: Cache, *, what: str) -> None:
+def score_pass(
+    data: TokenizedData,
+    plan: Plan,
+    score: Callable[[Batch, int], Mapping[str, Any]],
+    cache: Cache,
+    *,
+    what: str,
+) -> None:
     """The reference pass: scores every example of a plan and writes the cache as it goes.
 
     Args:
         data: The examples.
         plan: Windows over the examples to score.
-        score: From one micro-batch on the host and the capacity in gathered keys to `[rows, scored]` log-probs.
+        score: From one micro-batch on the host and the capacity in gathered keys to the cache's columns, each
+            `[rows, scored]`.
         cache: Where they go.
         what: Name of the reference, for the progress line.
 
@@ -195,19 +221,20 @@ def score_pass(data: TokenizedData, plan: Plan, score: Callable[[Batch, int], An
     """
     batches = Batches(data, plan)
     progress = Progress(f"reference pass ({what})", plan.updates, "batch")
-    logps = np.zeros(len(data.tokens), np.float32)
-    unsaved: dict[bytes, np.ndarray] = {}
+    columns = {name: np.zeros(len(data.tokens), np.float32) for name in cache.columns}
+    unsaved: dict[bytes, Entry] = {}
     saved = time.perf_counter()
     for update in range(plan.updates):
         (batch, indices), keys = batches.fill(update), plan.shape(update).keys
         for part in range(plan.micro_batches):
-            values = np.asarray(score({name: value[part] for name, value in batch.items()}, keys))
+            found = score({name: value[part] for name, value in batch.items()}, keys)
             real = indices[part] >= 0
-            logps[indices[part][real]] = values[real]
+            for name, column in columns.items():
+                column[indices[part][real]] = np.asarray(found[name])[real]
         for example in plan.windows[update].tolist():
             for response in responses_of(data, example) if example >= 0 else ():
-                unsaved[response.key] = logps[response.tokens]
-                if not np.isfinite(unsaved[response.key]).all():
+                entry = unsaved[response.key] = {name: values[response.tokens] for name, values in columns.items()}
+                if not all(np.isfinite(values).all() for values in entry.values()):
                     raise UserError(
                         f"the log-probs of {what} for example {data.ids[example]!r} are not finite; "
                         "check the model's weights and model.dtype."
@@ -220,17 +247,20 @@ def score_pass(data: TokenizedData, plan: Plan, score: Callable[[Batch, int], An
     progress.close()
 
 
-def column(data: TokenizedData, examples: Int[np.ndarray, " some"], cache: Cache) -> Float[np.ndarray, " total"]:
-    """Reference log-prob of each of the data's tokens, nats; NaN where the examples have none.
+def columns_of(
+    data: TokenizedData, examples: Int[np.ndarray, " some"], cache: Cache
+) -> dict[str, Float[np.ndarray, " total"]]:
+    """The cache's columns for each of the data's tokens, nats; NaN where the examples have none.
 
     Raises:
         KeyError: If the cache lacks a response of the examples.
     """
-    logps = np.full(len(data.tokens), np.nan, np.float32)
+    columns = {name: np.full(len(data.tokens), np.nan, np.float32) for name in cache.columns}
     for example in examples.tolist():
         for response in responses_of(data, example):
-            values = cache.get(response.key, len(response.tokens))
-            if values is None:
+            entry = cache.get(response.key, len(response.tokens))
+            if entry is None:
                 raise KeyError(f"the reference cache lacks a response of example {example}")
-            logps[response.tokens] = values
-    return logps
+            for name, column in columns.items():
+                column[response.tokens] = entry[name]
+    return columns

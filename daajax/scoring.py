@@ -6,7 +6,7 @@ Policy, reference and evaluation call the same `Scorer`; what differs is only wh
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,13 @@ class Scorer:
     Attributes:
         model: The decoder.
         see: Makes what attention needs to know of the rows.
-        head: `_head_statistics` on each device's rows.
+        mesh: Where it runs.
         attention: Name of the attention.
     """
 
     model: Decoder
     see: Callable[[Batch, int], Any]
-    head: Callable[..., dict[str, Array]]
+    mesh: Any
     attention: str
 
     @classmethod
@@ -90,21 +90,49 @@ class Scorer:
             param_dtype=param_dtype,
             remat=remat,
         )
-        rows = ("rows",)
-        head = sharding.local(_head_statistics, mesh, (rows, (), rows, rows, rows), rows)
-        return cls(model, lambda batch, keys: see(batch, keys, architecture.sliding_window), head, attention)
+        return cls(model, lambda batch, keys: see(batch, keys, architecture.sliding_window), mesh, attention)
 
-    def token_logps(self, params: Params, batch: Batch, *, keys: int) -> Float[Array, "rows scored"]:
-        """Log-probs of the scored tokens, nats, float32; 0 in empty slots.
+    def states(self, params: Params, batch: Batch, *, keys: int) -> "States":
+        """The model's last hidden states of one micro-batch, with the projection that makes logits of them.
 
         Args:
-            params: Whose log-probs.
+            params: Whose.
             batch: One micro-batch, keys of `daajax.data.batches.LAYOUT`.
             keys: The plan's capacity in gathered keys.
         """
-        hidden = self.model.apply({"params": params}, batch["tokens"], batch["positions"], self.see(batch, keys))
-        weights = projection(params, self.model.architecture)
-        return self.head(hidden, weights, batch["sources"], batch["targets"], batch["owners"])["logps"]
+        seen = self.see(batch, keys)
+        hidden: Any = self.model.apply({"params": params}, batch["tokens"], batch["positions"], seen)
+        return States(hidden, projection(params, self.model.architecture))
+
+    def statistics(
+        self, states: "States", batch: Batch, names: tuple[str, ...], *, reference: "States | None" = None
+    ) -> dict[str, Float[Array, "rows scored"]]:
+        """Statistics of the distributions that scored tokens are drawn from, float32; 0 in empty slots.
+
+        Args:
+            states: What `states` returned.
+            batch: The same micro-batch.
+            names: Keys of `daajax.ops.head.STATISTICS`.
+            reference: States of the reference's model; it is read by `kl`, and only by it.
+        """
+        rows, whole = ("rows",), ()
+        given = [(states.hidden, rows), (states.weights, whole)]
+        given += [(batch[name], rows) for name in ("sources", "targets", "owners")]
+        if reference is not None:
+            given += [(reference.hidden, rows), (reference.weights, whole)]
+        arrays, axes = zip(*given, strict=True)
+        return sharding.local(functools.partial(_head_statistics, names=names), self.mesh, axes, rows)(*arrays)
+
+    def token_logps(self, params: Params, batch: Batch, *, keys: int) -> Float[Array, "rows scored"]:
+        """Log-probs of the scored tokens, nats, float32; 0 in empty slots. Arguments are those of `states`."""
+        return self.statistics(self.states(params, batch, keys=keys), batch, ("logps",))["logps"]
+
+
+class States(NamedTuple):
+    """Last hidden states of rows, and the vocabulary projection."""
+
+    hidden: Float[Array, "rows length embed"]
+    weights: Float[Array, "vocab embed"]
 
 
 def _head_statistics(
@@ -113,14 +141,29 @@ def _head_statistics(
     sources: Int[Array, "rows scored"],
     targets: Int[Array, "rows scored"],
     owners: Int[Array, "rows scored"],
+    reference_hidden: Float[Array, "rows length reference_embed"] | None = None,
+    reference_weights: Float[Array, "vocab reference_embed"] | None = None,
+    *,
+    names: tuple[str, ...],
 ) -> dict[str, Float[Array, "rows scored"]]:
     """Statistics at the scored slots; only hidden states that predict a scored token reach the projection."""
     rows, scored = sources.shape
-    states = jnp.take_along_axis(hidden, sources[:, :, None], axis=1)
+
     # Scored slots fill up from the front of each row: slot by slot through the rows, the empty ones come last.
-    in_turn = states.swapaxes(0, 1).reshape(rows * scored, -1)
+    def in_turn(hidden: Array) -> Array:
+        at_sources = jnp.take_along_axis(hidden, sources[:, :, None], axis=1)
+        return at_sources.swapaxes(0, 1).reshape(rows * scored, -1)
+
     last = jnp.where(owners.T.reshape(-1) >= 0, jnp.arange(rows * scored), -1).max()
-    statistics = token_statistics(in_turn, weights, targets.T.reshape(-1), last + 1)
+    statistics = token_statistics(
+        in_turn(hidden),
+        weights,
+        targets.T.reshape(-1),
+        last + 1,
+        names=names,
+        reference_hidden=None if reference_hidden is None else in_turn(reference_hidden),
+        reference_projection=reference_weights,
+    )
     return {name: jnp.where(owners >= 0, values.reshape(scored, rows).T, 0) for name, values in statistics.items()}
 
 

@@ -6,6 +6,7 @@ objective that couples the examples of an update first sees all of them: one pas
 pulls back. The others need one pass.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,25 +15,39 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from daajax import metrics, sharding
-from daajax.losses.scores import Responses
-from daajax.losses.terms import Term
+from daajax import ema, metrics, sharding
+from daajax.loss import Counts, Order, State, Sums, loss_of, sums_of
+from daajax.losses.terms import Needs, Term, initial_state
 from daajax.models.decoder import Params
-from daajax.scoring import Scorer, response_sums
-
-Batch = Mapping[str, Array]
+from daajax.scoring import Batch, Scorer, States
 
 
 class TrainState(NamedTuple):
-    """What an update reads and replaces."""
+    """What an update reads and replaces; where it is one of shapes or shardings, so is every part.
 
-    step: Any  # updates done, int32 []; where state is shardings, so is every field
+    Attributes:
+        step: Updates done, int32 [].
+        params: The policy's.
+        optimizer: The optimizer's state.
+        objectives: What objectives keep from update to update, float32 [], by name of the term and their own.
+        reference: Parameters of a reference that follows the policy; empty where it does not.
+    """
+
+    step: Any
     params: Params
     optimizer: Any
+    objectives: Any = ()
+    reference: Any = ()
 
 
 def state_shardings(
-    mesh: Any, optimizer: optax.GradientTransformation, shapes: Params, shardings: Params
+    mesh: Any,
+    optimizer: optax.GradientTransformation,
+    shapes: Params,
+    shardings: Params,
+    terms: Sequence[Term],
+    *,
+    follows: bool = False,
 ) -> TrainState:
     """Where every part of a state lives.
 
@@ -41,28 +56,46 @@ def state_shardings(
         optimizer: Whose state lives where its parameters do.
         shapes: Of the parameters.
         shardings: Of the parameters.
+        terms: The loss.
+        follows: Whether the state has a reference that follows the policy.
     """
     moments = sharding.optimizer_shardings(mesh, optimizer, shapes, shardings)
-    return TrainState(sharding.replicated(mesh), shardings, moments)
+    whole = sharding.replicated(mesh)
+    kept = jax.tree.map(lambda _: whole, initial_state(terms))
+    return TrainState(whole, shardings, moments, kept, shardings if follows else ())
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState, *, updates: int = 0
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    terms: Sequence[Term],
+    *,
+    updates: int = 0,
+    parts: Sequence[str] = ("optimizer", "objectives", "reference"),
 ) -> TrainState:
-    """The state with a new optimizer; its part is made where it lives, never whole on one device.
+    """The state with new parts beside the parameters; each is made where it lives, never whole on one device.
 
     Args:
-        params: The parameters.
+        params: The parameters; those of a reference that follows them begin as a copy.
         optimizer: Whose state is new.
         shardings: Where every part lives.
+        terms: The loss.
         updates: Done before, with another optimizer; the learning rate is that of the next one.
+        parts: Those to make; the others are empty.
     """
+    make = {
+        "optimizer": lambda p: optax.tree.set(optimizer.init(p), _counts_for_schedule, count=jnp.int32(updates)),
+        "objectives": lambda _: jax.tree.map(jnp.float32, initial_state(terms)),
+        "reference": lambda p: jax.tree.map(jnp.copy, p) if shardings.reference else (),
+    }
 
-    def init(params: Params) -> Any:
-        return optax.tree.set(optimizer.init(params), _counts_for_schedule, count=jnp.int32(updates))
+    def init(params: Params) -> dict[str, Any]:
+        return {name: make[name](params) for name in parts}
 
-    moments = jax.jit(init, out_shardings=shardings.optimizer)(params)
-    return TrainState(jax.device_put(jnp.int32(updates), shardings.step), params, moments)
+    made = jax.jit(init, out_shardings={name: getattr(shardings, name) for name in parts})(params)
+    state = TrainState(jax.device_put(jnp.int32(updates), shardings.step), params, ())
+    return state._replace(**made)
 
 
 def _counts_for_schedule(path: Any, value: Any) -> bool:
@@ -71,66 +104,19 @@ def _counts_for_schedule(path: Any, value: Any) -> bool:
     return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
 
 
-def abstract_state(shapes: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+def abstract_state(
+    shapes: Params, optimizer: optax.GradientTransformation, shardings: TrainState, terms: Sequence[Term]
+) -> TrainState:
     """Shape, dtype and sharding of every leaf of a state, which is what a checkpoint is read into."""
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        shapes,
+        jax.eval_shape(optimizer.init, shapes),
+        jax.tree.map(lambda _: scalar, initial_state(terms)),
+        shapes if shardings.reference else (),
+    )
     return sharding.abstract(state, shardings)
-
-
-class Sums(NamedTuple):
-    """Sums over the scored tokens of each response, nats; `log_ratios` is None without a reference."""
-
-    logps: Float[Array, "*axes responses"]
-    log_ratios: Float[Array, "*axes responses"] | None
-
-
-class Counts(NamedTuple):
-    """What sums over an update are divided by, known from the data."""
-
-    examples: Float[Array, ""]
-    tokens: Float[Array, ""]  # scored tokens of response 0
-
-    @classmethod
-    def of(cls, batch: Batch) -> "Counts":
-        """Counts a whole update, every micro-batch."""
-        return cls((batch["places"] >= 0).sum().astype(jnp.float32), batch["lengths"][..., 0].sum().astype(jnp.float32))
-
-
-def sums_of(token_logps: Float[Array, "rows scored"], batch: Batch, *, reference: bool) -> Sums:
-    """Sums one micro-batch's token log-probs; log-ratios are summed as differences, which float32 keeps exact."""
-    _, slots, responses = batch["lengths"].shape
-
-    def total(values: Array) -> Array:
-        return response_sums(values, batch["owners"], slots, responses)
-
-    return Sums(total(token_logps), total(token_logps - batch["reference"]) if reference else None)
-
-
-def loss_of(
-    sums: Sums, examples: Batch, terms: Sequence[Term], counts: Counts
-) -> tuple[Float[Array, ""], metrics.Logged]:
-    """The loss of some examples: their share of the update's.
-
-    Args:
-        sums: Of n examples, `[n, K]`.
-        examples: `lengths` `[n, K]`, `weights` and `places` `[n]`; place -1 is no example.
-        terms: What to add up.
-        counts: Of the whole update.
-
-    Returns:
-        The loss, and what to log of these examples.
-    """
-    real = examples["places"] >= 0
-    responses = Responses(sums.logps, sums.log_ratios, examples["lengths"])
-    total, results = jnp.float32(0), []
-    for term in terms:
-        result = term.loss(responses)
-        loss = jnp.where(real, examples["weights"] * result.losses, 0).sum() / counts.examples
-        if result.token_losses is not None:
-            loss += jnp.where(real, examples["weights"] * result.token_losses, 0).sum() / counts.tokens
-        total += term.weight * loss
-        results.append((term.name, loss, result))
-    return total, metrics.of_examples(total, results, responses, real, counts.examples)
 
 
 def all_finite(params: Params) -> Array:
@@ -138,43 +124,111 @@ def all_finite(params: Params) -> Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
+class Live(NamedTuple):
+    """A reference whose model is there beside the policy's.
+
+    Attributes:
+        scorer: Scores rows under it.
+        params: Its parameters.
+    """
+
+    scorer: Scorer
+    params: Params
+
+
+def sums_under(
+    scorer: Scorer, params: Params, batch: Batch, needs: Needs, *, keys: int, live: Live | None = None
+) -> Sums:
+    """Scores one micro-batch and sums what the terms need of it.
+
+    Args:
+        scorer: The policy's.
+        params: The policy's.
+        batch: The micro-batch; what it says of the reference counts only if that is not live.
+        needs: What the terms need.
+        keys: The plan's capacity in gathered keys.
+        live: The reference, where it is; it gets no gradient.
+    """
+    compared = None
+    if live is not None:
+        states = live.scorer.states(jax.lax.stop_gradient(live.params), batch, keys=keys)
+        batch = {**batch, **_columns(live.scorer, states, batch, needs)}
+        compared = states if needs.live else None
+    own = scorer.states(params, batch, keys=keys)
+    return sums_of(scorer.statistics(own, batch, needs.statistics, reference=compared), batch, needs)
+
+
+def known_of_reference(
+    live: Live, batch: Batch, needs: Needs, *, keys: int
+) -> dict[str, Float[Array, "parts rows scored"]]:
+    """What a live reference makes of a whole update, under the keys of a batch that it is cached under otherwise."""
+
+    @jax.jit
+    def of_part(params: Params, part: Batch) -> dict[str, Array]:
+        return _columns(live.scorer, live.scorer.states(params, part, keys=keys), part, needs)
+
+    parts = [{name: value[n] for name, value in batch.items()} for n in range(len(batch["places"]))]
+    found = [of_part(live.params, part) for part in parts]
+    return jax.tree.map(lambda *values: jnp.stack(values), *found)
+
+
+def _columns(scorer: Scorer, states: States, part: Batch, needs: Needs) -> dict[str, Float[Array, "rows scored"]]:
+    """The reference's log-probs, and its entropies as a share of the largest there is."""
+    found = scorer.statistics(states, part, ("logps", "entropies") if needs.entropies else ("logps",))
+    columns = {"reference": found["logps"]}
+    if needs.entropies:
+        columns["entropies"] = found["entropies"] / math.log(scorer.model.architecture.vocab_size)
+    return columns
+
+
 def loss_and_gradient(
-    scorer: Scorer, params: Params, batch: Batch, terms: Sequence[Term], *, batch_size: int, keys: int
-) -> tuple[Params, metrics.Logged]:
-    """Gradient of an update's loss, float32, and what to log of it.
+    scorer: Scorer,
+    params: Params,
+    batch: Batch,
+    terms: Sequence[Term],
+    state: State,
+    *,
+    batch_size: int,
+    keys: int,
+    live: Live | None = None,
+) -> tuple[Params, metrics.Logged, State]:
+    """Gradient of an update's loss, float32; what to log of it; what the objectives keep after it.
 
     Args:
         scorer: Scores rows.
         params: The policy's.
         batch: A whole update, `[micro_batches, rows, …]`.
         terms: The loss.
+        state: What the objectives keep, after the update before.
         batch_size: Examples an update.
         keys: The plan's capacity in gathered keys.
+        live: The reference, where its model is there.
     """
-    counts, reference = Counts.of(batch), any(term.objective.reference for term in terms)
+    counts, needs = Counts.of(batch), Needs.of(terms)
 
     def score(params: Params, part: Batch) -> Sums:
-        return sums_of(scorer.token_logps(params, part, keys=keys), part, reference=reference)
+        return sums_under(scorer, params, part, needs, keys=keys, live=live)
 
-    def cotangents(sums: Sums, part: Batch) -> tuple[Sums, metrics.Logged]:
-        """Gradient of the loss with respect to log-probs; the examples of other parts are absent from it."""
+    def cotangents(sums: Sums, part: Batch) -> tuple[Sums, tuple[metrics.Logged, State]]:
+        """Gradient of the loss with respect to sums; the examples of other parts are absent from it."""
         order = Order(part["places"], batch_size)
         by_place = jax.tree.map(order.by_place, sums)
-        gradient, logged = jax.grad(loss_of, has_aux=True)(by_place, order.examples(part), terms, counts)
-        return jax.tree.map(order.by_slot, gradient), logged
+        gradient, rest = jax.grad(loss_of, has_aux=True)(by_place, order.examples(part), terms, counts, state)
+        return jax.tree.map(order.by_slot, gradient), rest
 
     def pull_back(part: Batch, cotangents_of: Callable[[Sums], tuple[Sums, Any]]) -> tuple[Params, Any]:
         sums, pull = jax.vjp(lambda params: score(params, part), params)
-        cotangent, logged = cotangents_of(sums)
+        cotangent, rest = cotangents_of(sums)
         (gradient,) = pull(cotangent)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), logged
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), rest
 
     if len(batch["places"]) == 1:
         part = {name: value[0] for name, value in batch.items()}
-        return pull_back(part, lambda sums: cotangents(sums, part))
+        gradient, (logged, kept) = pull_back(part, lambda sums: cotangents(sums, part))
+        return gradient, logged, kept
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    if any(term.objective.coupled for term in terms):
+    if needs.coupled:
 
         def pull(total: Params, operands: tuple[Batch, Sums]) -> tuple[Params, None]:
             part, cotangent = operands
@@ -182,39 +236,33 @@ def loss_and_gradient(
             return jax.tree.map(jnp.add, total, gradient), None
 
         _, sums = jax.lax.scan(lambda _, part: (None, score(params, part)), None, batch)
-        cotangent, logged = cotangents(sums, batch)
+        cotangent, (logged, kept) = cotangents(sums, batch)
         gradient, _ = jax.lax.scan(pull, zeros, (batch, cotangent))
-        return gradient, logged
+        return gradient, logged, kept
 
     def accumulate(total: Params, part: Batch) -> tuple[Params, metrics.Logged]:
-        gradient, logged = pull_back(part, lambda sums: cotangents(sums, part))
+        gradient, (logged, _) = pull_back(part, lambda sums: cotangents(sums, part))
         return jax.tree.map(jnp.add, total, gradient), logged
 
     gradient, logged = jax.lax.scan(accumulate, zeros, batch)
-    return gradient, logged.combined()
+    return gradient, logged.combined(), {}
 
 
-class Order:
-    """The way from slots `[…, rows, slots]` to the examples of an update in order of place, and back."""
+class Follow(NamedTuple):
+    """How a reference follows the policy (TR-DPO).
 
-    def __init__(self, places: Int[Array, "*parts rows slots"], batch_size: int):
-        self._places, self._batch_size = places, batch_size
+    Attributes:
+        decay: Share of itself that it keeps; 0 makes it the policy.
+        every: Updates between two of its steps.
+    """
 
-    def by_place(self, x: Array) -> Array:
-        """Values by place, `[batch_size, …]`; zeros where a place does not occur."""
-        where = jnp.where(self._places < 0, self._batch_size, self._places).reshape(-1)
-        values = x.reshape(where.size, *x.shape[self._places.ndim :])
-        return jnp.zeros((self._batch_size, *values.shape[1:]), x.dtype).at[where].set(values, mode="drop")
+    decay: float
+    every: int
 
-    def examples(self, batch: Batch) -> Batch:
-        """What `loss_of` reads of a batch besides log-probs."""
-        by_place = {name: self.by_place(batch[name]) for name in ("lengths", "weights")}
-        return by_place | {"places": self.by_place(batch["places"] + 1) - 1}
-
-    def by_slot(self, x: Array) -> Array:
-        """Values by slot, `[…, rows, slots, …]`; zeros in empty slots."""
-        real = (self._places >= 0).reshape(self._places.shape + (1,) * (x.ndim - 1))
-        return jnp.where(real, x[jnp.maximum(self._places, 0)], 0)
+    def after(self, updates: Int[Array, ""], reference: Params, params: Params) -> Params:
+        """The reference after so many updates; it was `reference` before the last one."""
+        due = updates % self.every == 0
+        return jax.lax.cond(due, lambda: ema.follow(reference, params, self.decay), lambda: reference)
 
 
 class Update:
@@ -231,6 +279,9 @@ class Update:
         state_shardings: Where the state lives.
         batch_sharding: Where every array of a batch lives.
         replicated: Where metrics live.
+        reference_scorer: Scores rows under a reference whose model is there beside the policy's; None: none is.
+        reference_shardings: Where its parameters live, if they are not part of the state.
+        follow: How a reference that is part of the state follows the policy.
     """
 
     def __init__(
@@ -244,40 +295,63 @@ class Update:
         state_shardings: TrainState,
         batch_sharding: Any,
         replicated: Any,
+        reference_scorer: Scorer | None = None,
+        reference_shardings: Any = None,
+        follow: Follow | None = None,
     ):
-        def update(state: TrainState, batch: Batch, keys: int) -> tuple[TrainState, dict[str, Array]]:
-            gradient, logged = loss_and_gradient(scorer, state.params, batch, terms, batch_size=batch_size, keys=keys)
+        def update(
+            state: TrainState, batch: Batch, reference: Params, keys: int
+        ) -> tuple[TrainState, dict[str, Array]]:
+            live = None if reference_scorer is None else Live(reference_scorer, state.reference or reference)
+            gradient, logged, kept = loss_and_gradient(
+                scorer, state.params, batch, terms, state.objectives, batch_size=batch_size, keys=keys, live=live
+            )
             changes, moments = optimizer.update(gradient, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, changes)
+            moved = state.reference
+            if follow is not None:
+                moved = follow.after(state.step + 1, moved, params)
             values = logged.values() | {
                 "grad_norm": optax.tree.norm(gradient),
                 "learning_rate": learning_rate(state.step),
             }
-            return TrainState(state.step + 1, params, moments), values
+            return TrainState(state.step + 1, params, moments, kept, moved), values
 
         self._jitted = jax.jit(
             update,
-            static_argnums=2,
-            in_shardings=(state_shardings, batch_sharding),
+            static_argnums=3,
+            in_shardings=(state_shardings, batch_sharding, reference_shardings or {}),
             out_shardings=(state_shardings, replicated),
             donate_argnums=0,
         )
         self._compiled = {}
 
-    def compile(self, state: TrainState, batch: Mapping[str, Any], *, keys: int) -> jax.stages.Compiled:
+    def compile(
+        self, state: TrainState, batch: Mapping[str, Any], reference: Params | None = None, *, keys: int
+    ) -> jax.stages.Compiled:
         """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one.
 
-        State and batch may be abstract: shapes, dtypes and shardings are enough.
+        Everything may be abstract: shapes, dtypes and shardings are enough.
         """
-        compiled = self._compiled[_shapes(batch), keys] = self._jitted.lower(state, batch, keys).compile()
+        compiled = self._jitted.lower(state, batch, reference or {}, keys).compile()
+        self._compiled[_shapes(batch), keys] = compiled
         return compiled
 
-    def __call__(self, state: TrainState, batch: Batch, *, keys: int) -> tuple[TrainState, dict[str, Array]]:
-        """Runs one update; `keys` is the plan's capacity for this batch's shape."""
+    def __call__(
+        self, state: TrainState, batch: Batch, reference: Params | None = None, *, keys: int
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Runs one update.
+
+        Args:
+            state: Donated.
+            batch: The update's.
+            reference: Parameters of a reference whose model is there and that is not part of the state.
+            keys: The plan's capacity for this batch's shape.
+        """
         key = (_shapes(batch), keys)
         if key not in self._compiled:
-            self.compile(state, batch, keys=keys)
-        return self._compiled[key](state, batch)
+            self.compile(state, batch, reference, keys=keys)
+        return self._compiled[key](state, batch, reference or {})
 
 
 def _shapes(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -12,14 +12,15 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from daajax import checkpoint, command, first_loss, folder, memory, metrics, run, sharding, step
 from daajax.config import Config, hyperparameters, losses
 from daajax.console import Progress, say
-from daajax.data.batches import Batches
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
-from daajax.losses.terms import bind
+from daajax.losses.terms import Needs, bind
 from daajax.models import weights
 from daajax.models.decoder import Params, parameter_count
 from daajax.models.families import read_architecture
@@ -74,6 +75,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         hyperparameters=hyperparameters(config),
     )
     scorer = run.make_scorer(config, architecture, mesh)
+    reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
+    is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
     shapes, param_shardings = run.param_layout(scorer, mesh)
     if not config.model.random_init:
         weights.check(config.model.path, architecture, shapes)
@@ -85,8 +88,9 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         say(f"model: {line}")
 
     # ------------------------------------------------------------------ the compiled update, before minutes are spent
-    homes = step.state_shardings(mesh, optimizer, shapes, param_shardings)
-    abstract = step.abstract_state(shapes, optimizer, homes)
+    homes = step.state_shardings(mesh, optimizer, shapes, param_shardings, terms, follows=follows)
+    abstract = step.abstract_state(shapes, optimizer, homes, terms)
+    beside = run.param_layout(reference_scorer, mesh) if is_live and not follows else ({}, {})
     batch_sharding = sharding.sharding(mesh, ("micro_batches", "rows"))
     update = step.Update(
         scorer,
@@ -97,11 +101,15 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         state_shardings=homes,
         batch_sharding=batch_sharding,
         replicated=sharding.replicated(mesh),
+        reference_scorer=reference_scorer if is_live else None,
+        reference_shardings=beside[1],
+        follow=step.Follow(config.reference.ema.decay, config.reference.ema.every) if follows else None,
     )
     began, largest = time.perf_counter(), plan.largest_update()
-    shaped = Batches(data, plan)[largest]
+    unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in run.columns_read(terms)}
+    shaped = run.make_batches(config, data, plan, unknown, terms)[largest]
     abstract_batch = sharding.abstract(shaped, dict.fromkeys(shaped, batch_sharding))
-    compiled = update.compile(abstract, abstract_batch, keys=plan.shape(largest).keys)
+    compiled = update.compile(abstract, abstract_batch, sharding.abstract(*beside), keys=plan.shape(largest).keys)
     say(f"compiled the update in {time.perf_counter() - began:.1f} s")
     if fits := memory.check(compiled, "the update"):
         say(f"memory: {fits}")
@@ -109,36 +117,45 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
 
     # ------------------------------------------------------------------ reference, then its weights are gone
     resumes = done > 0
-    params, reference, columns = {}, None, [None] * len(sets)
+    params, reference, live, columns = {}, None, {}, [{}] * len(sets)
     if config.reference.mode != "none" or not resumes:
         params = run.load_initial_params(config, scorer, mesh)
     if config.reference.mode != "none":
-        reference = run.load_reference(config, sets, scorer, params, mesh)
+        reference = run.load_reference(config, sets, scorer, reference_scorer, params, terms, mesh)
         columns = reference.columns
-    batches = Batches(data, plan, columns[0])
-    evaluation = Evaluation(scorer, terms, *sets[1], columns[1], mesh) if sets[1:] else None
+        if not follows:  # what follows is part of the state
+            donated = reference.live is params and not resumes
+            live = jax.tree.map(jnp.copy, params) if donated else reference.live
+        reference = dataclasses.replace(reference, live={})
+    batches, evaluation = run.make_batches(config, data, plan, columns[0], terms), None
+    if sets[1:]:
+        held_out = run.make_batches(config, *sets[1], columns[1], terms, sweep=True)
+        evaluation = Evaluation(scorer, terms, sets[1][0], held_out, mesh, reference_scorer if is_live else None)
 
     # ------------------------------------------------------------------ the state, fresh or from a checkpoint
     origin = checkpoint.Record(data=data.digest, model="")
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
     if resumes:
-        params.clear()  # before the others come
+        del params  # before the others come
         forced = config.resume == "force"
-        fresh = functools.partial(step.init_state, optimizer=optimizer, shardings=homes) if forced else None
-        done, state = saved.restore_latest(abstract, fresh)
+        fresh = functools.partial(step.init_state, optimizer=optimizer, shardings=homes, terms=terms)
+        done, state = saved.restore_latest(abstract, fresh if forced else None)
         checkpoint.check_origin(saved.record(done), origin, forced=forced)
         say(f"resumed after update {done} of {plan.updates}")
     else:
         if found == "unfinished":
             say(f"{where} holds this run without a checkpoint: it begins again from update 1")
-        done, state = 0, step.init_state(params, optimizer, homes)
-    del params  # donated with the state
-    expected, why_not = None, first_loss.why_not_checked(config, reference, done)
+        done, state = 0, step.init_state(params, optimizer, homes, terms)
+        del params  # donated with the state
+    expected, why_not = None, first_loss.why_not_checked(config, reference, Needs.of(terms), done)
     if why_not:
         say(f"first loss: not checked, {why_not}")
     else:
-        first = sharding.place(mesh, batches[0])
+        first, keys = sharding.place(mesh, batches[0]), plan.shape(0).keys
+        if is_live:
+            known = step.Live(reference_scorer, state.reference or live)
+            first |= step.known_of_reference(known, first, Needs.of(terms), keys=keys)
         expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
         del first
 
@@ -153,7 +170,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         writer, is_saved = None, True
         for t in range(done, plan.updates):
             batch = sharding.place(mesh, batches[t])
-            state, logged = update(state, batch, keys=plan.shape(t).keys)
+            state, logged = update(state, batch, live, keys=plan.shape(t).keys)
             queued.append(logged["loss"])
             if len(queued) > IN_FLIGHT:
                 queued.popleft().block_until_ready()
@@ -179,7 +196,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
                     writer = stack.enter_context(contextlib.closing(metrics.Writer(where, updates=done)))
                     earliest = latest
                 if evaluates and evaluation is not None:
-                    latest |= _evaluated(evaluation, state.params, t + 1)
+                    latest |= _evaluated(evaluation, state, live, t + 1)
                 writer.write(t + 1, latest)
                 progress.advance({name: latest[name] for name in SHOWN if name in latest})
             else:
@@ -222,10 +239,10 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     say(f"the model is in {where / 'model'}, the metrics in {where / 'metrics.jsonl'}")
 
 
-def _evaluated(evaluation: Evaluation, params: Params, updates: int) -> dict[str, float]:
+def _evaluated(evaluation: Evaluation, state: step.TrainState, live: Params, updates: int) -> dict[str, float]:
     """What an evaluation finds; nothing where it fails, which is said and does not end the run."""
     try:
-        values = evaluation(params)
+        values = evaluation(state.params, state.objectives, state.reference or live)
     except Exception as error:  # whatever it is: hours of training are worth more
         say(f"the evaluation after update {updates} failed ({one_line(error)}); the run goes on")
         return {}

@@ -299,7 +299,7 @@ def test_lengths_that_leave_no_room(refused, overrides, says):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("--config.loss.name=nope",), "loss.name='nope' is unknown; there are dpo"),
+        (("--config.loss.name=nope",), "loss.name='nope' is unknown; there are alphapo, aot, "),
         (("--config.loss={'beta':0.1}",), "loss.name=None is unknown"),
         (("--config.loss.beta=0.0",), "loss 'dpo': beta=0.0 must be > 0"),
         (("--config.loss.beta=-1.0",), "must be > 0"),
@@ -313,7 +313,12 @@ def test_lengths_that_leave_no_room(refused, overrides, says):
         (("--config.reference.mode=path",), "config.reference.path=None with reference.mode='path'"),
         (("--config.reference.path=/somewhere",), "the path belongs to reference.mode='path'"),
         (("--config.loss={'name':'simpo'}",), "loss 'simpo' reads no reference"),
-        (("--config.reference.mode=ema",), "config.reference.mode='ema' is unknown; there are snapshot"),
+        (("--config.reference.mode=emma",), "config.reference.mode='emma' is unknown; there are snapshot"),
+        (
+            ("--config.reference.ema.decay=0.5",),
+            "config.reference.ema.decay is set but config.reference.mode='snapshot'",
+        ),
+        (("--config.reference.mode=ema", "--config.reference.ema.decay=1.0"), "must be at least 0 and below 1"),
         (("--config.optimizer.name=sgd",), "optimizer 'sgd' takes ['b1'], not ['b2']"),
         (("--config.epochs=1.0",), "set exactly one of config.steps (got 1) and config.epochs (got 1.0)"),
     ],

@@ -7,11 +7,13 @@ import re
 
 import pytest
 
+from configs import base
 from daajax import command, folder
 from daajax.errors import UserError
 from tests import worlds
 
-RECIPES = sorted(str(path) for path in (worlds.ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
+NO_RECIPES = ("__init__", "base", "published")
+RECIPES = sorted(str(path) for path in (worlds.ROOT / "configs").glob("*.py") if path.stem not in NO_RECIPES)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_a_further_loss_can_be_spelled_on_the_command_line(world):
 
 def test_a_loss_can_be_replaced_as_a_whole(world):
     config, _ = worlds.parse(*world.flags, "--config.loss={'name':'simpo','beta':2.0}", "--config.reference.mode=none")
-    assert config.loss.to_dict() == {"name": "simpo", "beta": 2.0}
+    assert config.loss.to_dict() == base.loss("simpo", beta=2.0).to_dict()  # with all defaults
 
 
 @pytest.mark.parametrize("name", ["tokenizer.path", "chat.template", "data.cache_dir"])
@@ -208,9 +210,9 @@ def test_a_broken_recipe_is_one_line(world, recipe, text, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["stories.py:nope", "dpo_llama.py:kto"])
+@pytest.mark.parametrize("name", ["stories.py:nope", "dpo_llama.py:nope"])
 def test_an_unknown_variant_of_a_recipe_names_the_known_ones_and_nothing_else(name):
-    with pytest.raises(UserError, match=r"there is no variant .* there are (trl|dpo)") as error:
+    with pytest.raises(UserError, match=r"there is no variant .* there are (trl|alphapo)") as error:
         worlds.parse(recipe=str(worlds.ROOT / "configs" / name))
     assert "Traceback" not in str(error.value)
 
@@ -334,6 +336,9 @@ def test_a_runs_own_loss_is_read_back(world, tmp_path, loss):
     folder.begin(tmp_path / "run", config, updates=0)
     found, _, _ = parse_at(f"--workdir={tmp_path / 'run'}")
     assert found.loss.to_dict() == config.loss.to_dict()
+    assert folder.examine(tmp_path / "run", config) == "unfinished"  # the same line again goes on
+    name = config.loss.name
+    assert set(config.loss) == set(base.loss(name)), "what is not named has its default"
 
 
 def test_a_command_takes_its_own_options_and_overrides(run):

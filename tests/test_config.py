@@ -5,10 +5,12 @@ import re
 import pytest
 
 from configs import base
+from configs.published import COMBINED, SETTINGS
 from daajax import command, config, optimizer, run, sharding
 from daajax.config import losses, resolve
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
+from daajax.losses.objectives import OBJECTIVES
 from daajax.losses.terms import bind
 from daajax.models.families import read_architecture
 from tests import worlds
@@ -167,6 +169,9 @@ ELSEWHERE = {  # option: the test, here or beside, that changes it
     "reference.path": "test_reference: another model is a reference",
     "resume": "test_folder: what is refused can be forced",
     "tokenizer.path": "test_bad_input: a tokenizer of its own is checked too",
+    "reference.ema.decay": "test_objective_runs: a reference follows the policy when and as far as told",
+    "reference.ema.every": "test_objective_runs: a reference follows the policy when and as far as told",
+    "reference.live": "test_objective_runs: a live reference is the cached one",
 }
 
 
@@ -297,14 +302,19 @@ def test_optimizer_options_reach_optax(world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["stories.py", "stories.py:learn", *(f"dpo_llama.py:{n}" for n in ("dpo", "ipo", "ipo_mean", "simpo"))]
+    "recipe", ["stories.py", "stories.py:learn", *(f"dpo_llama.py:{name}" for name in (*OBJECTIVES, *COMBINED))]
 )
 def test_every_recipe_resolves_and_its_loss_binds(recipe):
     path = str(worlds.ROOT / "configs" / recipe)
     options, _ = worlds.parse("--config.model.path=m", "--config.data.path=d", recipe=path)
-    (term,) = bind(losses(options))
-    assert term.name == options.loss.name
+    terms = bind(losses(options))
+    assert [term.name for term in terms] == [loss["name"] for loss in losses(options)]
     assert sorted(leaves(options.to_dict())) == LEAVES
+
+
+def test_what_is_published_is_of_objectives_that_there_are():
+    assert set(SETTINGS) <= set(OBJECTIVES)
+    assert not set(COMBINED) & set(OBJECTIVES)
 
 
 def test_a_recipe_never_changes_the_defaults_of_another():

@@ -97,6 +97,13 @@ def test_what_is_refused_can_be_forced(begun, world, capsys, name):
     assert re.search(rf"config: {name} was .* \(forced\)", capsys.readouterr().out)
 
 
+def test_a_hyper_parameter_that_was_not_there_then_had_todays_default(begun, options):
+    stored = json.loads((begun / "config.json").read_text())
+    del stored["loss"]["label_smoothing"]
+    (begun / "config.json").write_text(json.dumps(stored))
+    assert state(begun, options) == "unfinished"
+
+
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_finished_run_is_unfinished_only_if_its_length_changes(begun, options, capsys, name):
     finish(begun, 5)

@@ -34,13 +34,14 @@ def summed_logps(model, data, cache, *arguments, limit=None):
         config, _ = worlds.parse(*flags, recipe=f"{worlds.STORIES}:learn")
         architecture = read_architecture(config.model.path)
         mesh = sharding.make_mesh(config.mesh.to_dict())
-        found = run.load_data(config, config.data, architecture, bind(losses(config)))
+        terms = bind(losses(config))
+        found = run.load_data(config, config.data, architecture, terms)
         sizes = Sizes.of(found, prefix_sharing=True)
         windows = sweep_windows(sizes, batch_size=config.batch_size)
         plan = run.pack(config, windows, sizes, mesh, found.ids)
         scorer = run.make_scorer(config, architecture, mesh)
         params = run.load_params(config.model.path, scorer, mesh)
-        tokens = run.load_reference(config, [(found, plan)], scorer, params, mesh).columns[0]
+        tokens = run.load_reference(config, [(found, plan)], scorer, scorer, params, terms, mesh).columns[0]["logps"]
     assert len(examples_of(plan)) == len(found.weights)
     return np.array(
         [[tokens[response.tokens].sum() for response in responses_of(found, n)] for n in range(len(found.weights))]

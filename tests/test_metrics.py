@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from daajax import metrics
 from daajax.data.packing import Plan, Shape
-from daajax.losses.objectives import Losses
+from daajax.losses.objective import Losses
 from daajax.losses.scores import Responses
 
 
@@ -65,9 +65,40 @@ def test_parts_combine_to_the_whole():
     assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in wanted.items()}, rel=1e-6)
 
 
-@pytest.mark.parametrize("responses", [1, 3])
-def test_without_pairs_nothing_is_said_of_rejected_ones(responses):
-    found = logged(*examples(responses=responses)).values()
+def test_of_lists_the_rejected_are_the_mean_of_the_others_and_accuracy_that_of_the_order():
+    real, logps, ratios, rewards, lengths = examples(responses=4)
+    lengths[:3, 3] = 0  # ragged lists
+    found = logged(real, logps, ratios, rewards, lengths).values()
+    others, orders = [], []
+    for row, size in zip(rewards[real].astype(np.float64), (lengths[real] > 0).sum(axis=1), strict=True):
+        others.append(row[1:size].mean())
+        orders.append(np.mean([row[i] > row[j] for i in range(size) for j in range(i + 1, size)]))
+    assert float(found["rewards/rejected"]) == pytest.approx(np.mean(others), rel=1e-6)
+    assert float(found["rewards/chosen"]) == pytest.approx(rewards[real, 0].mean(), rel=1e-6)
+    assert float(found["rewards/accuracies"]) == pytest.approx(np.mean(orders), rel=1e-6)
+
+
+def test_of_labelled_responses_the_chosen_are_the_wanted_ones():
+    real, logps, ratios, rewards, lengths = examples(12, responses=2)  # the second is another example's
+    labels = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0], np.int32)
+    result = Losses(jnp.zeros(12), jnp.asarray(rewards), {})
+    responses = Responses(*(jnp.asarray(x) for x in (logps, ratios, lengths)), labels=jnp.asarray(labels))
+    found = metrics.of_examples(
+        jnp.float32(0), [("kto", jnp.float32(0), result)], responses, jnp.asarray(real), jnp.float32(6), jnp.float32(2)
+    ).values()
+    wanted, unwanted = real & (labels == 1), real & (labels == 0)
+    for name, values in (("rewards", rewards), ("logps", logps), ("displacement", ratios)):
+        assert float(found[f"{name}/chosen"]) == pytest.approx(values[wanted, 0].mean(), rel=1e-5)
+        assert float(found[f"{name}/rejected"]) == pytest.approx(values[unwanted, 0].mean(), rel=1e-5)
+    assert float(found["displacement/chosen_fell"]) == pytest.approx((ratios[wanted, 0] < 0).mean())
+    assert float(found["rewards/margins"]) == pytest.approx(
+        rewards[wanted, 0].mean() - rewards[unwanted, 0].mean(), rel=1e-5
+    )
+    assert "rewards/accuracies" not in found
+
+
+def test_without_pairs_nothing_is_said_of_rejected_ones():
+    found = logged(*examples(responses=1)).values()
     assert not [name for name in found if "rejected" in name or name.startswith("rewards/")]
     assert {"loss", "logps/chosen", "displacement/chosen"} <= set(found)
 

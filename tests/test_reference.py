@@ -12,7 +12,7 @@ from daajax.errors import UserError
 from tests import worlds
 
 HEADER = reference.Header("weights", {"hidden_size": 8}, "float32")
-ENTRIES = {bytes([n]) * 16: np.linspace(-3, -1, n + 1, dtype=np.float32) for n in range(4)}
+ENTRIES = {bytes([n]) * 16: {"logps": np.linspace(-3, -1, n + 1, dtype=np.float32)} for n in range(4)}
 
 
 @pytest.fixture
@@ -28,13 +28,13 @@ def part(cache):
 
 
 def found(cache):
-    return {key: cache.get(key, len(values)) for key, values in ENTRIES.items()}
+    return {key: cache.get(key, len(entry["logps"])) for key, entry in ENTRIES.items()}
 
 
 def test_entries_come_back_bit_for_bit(cache):
     cache().append(ENTRIES)
     for key, values in found(cache()).items():
-        np.testing.assert_array_equal(values, ENTRIES[key], strict=True)
+        np.testing.assert_array_equal(values["logps"], ENTRIES[key]["logps"], strict=True)
 
 
 def test_an_entry_of_another_length_is_none(cache):
@@ -50,6 +50,20 @@ def test_files_add_up(cache):
     assert all(values is not None for values in found(cache()).values())
     cache().append({})
     assert len(list(cache().folder.glob("part-*"))) == len(keys)
+
+
+def test_a_further_column_is_added_and_changes_no_number(cache, tmp_path):
+    cache().append(ENTRIES)
+    wider = reference.Cache(str(tmp_path), HEADER, ("logps", "entropies"))
+    assert all(wider.get(key, len(entry["logps"])) is None for key, entry in ENTRIES.items())
+    again = {key: {"logps": entry["logps"] + 1, "entropies": -entry["logps"]} for key, entry in ENTRIES.items()}
+    wider.append(again)
+    for opened in (wider, reference.Cache(str(tmp_path), HEADER, ("logps", "entropies"))):
+        for key, entry in ENTRIES.items():
+            values = opened.get(key, len(entry["logps"]))
+            np.testing.assert_array_equal(values["logps"], entry["logps"], strict=True)
+            np.testing.assert_array_equal(values["entropies"], -entry["logps"], strict=True)
+    assert all(set(values) == {"logps"} for values in found(cache()).values())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +94,7 @@ def flip(content, place):
 
 def values_at(content):
     """Where the log-probs of the longest entry lie in a file."""
-    return content.index(ENTRIES[bytes([3]) * 16].tobytes())
+    return content.index(ENTRIES[bytes([3]) * 16]["logps"].tobytes())
 
 
 DAMAGE = {
@@ -118,7 +132,7 @@ def test_no_flipped_bit_changes_what_is_read(cache):
         file.write_bytes(flip(whole, place))
         again = cache()
         for key, values in found(again).items():
-            assert values is None or (values == ENTRIES[key]).all(), f"byte {place}"
+            assert values is None or (values["logps"] == ENTRIES[key]["logps"]).all(), f"byte {place}"
         for aside in again.folder.glob("*.damaged"):
             aside.unlink()
 
@@ -130,7 +144,7 @@ def test_a_damaged_file_does_not_take_the_others_along(cache):
     cache().append({two: ENTRIES[two]})
     file.write_bytes(b"")
     assert cache().get(one, 1) is None
-    np.testing.assert_array_equal(cache().get(two, 2), ENTRIES[two])
+    np.testing.assert_array_equal(cache().get(two, 2)["logps"], ENTRIES[two]["logps"])
 
 
 def test_a_file_of_another_reference_is_never_used(cache):
@@ -145,7 +159,7 @@ def test_a_file_of_another_reference_is_never_used(cache):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_are_never_used(cache, value):
-    cache().append({bytes(16): np.array([-1, value], np.float32)})
+    cache().append({bytes(16): {"logps": np.array([-1, value], np.float32)}})
     second = cache()
     assert second.get(bytes(16), 2) is None
     assert "not finite" in second.notices[0]
@@ -282,11 +296,12 @@ def logps(world, *overrides, devices=1):
         config, _ = worlds.parse(*world.flags, *overrides)
         architecture = read_architecture(config.model.path)
         mesh = sharding.make_mesh(config.mesh.to_dict())
-        data = run.load_data(config, config.data, architecture, bind(losses(config)))
+        terms = bind(losses(config))
+        data = run.load_data(config, config.data, architecture, terms)
         plan = run.make_plan(config, data, mesh)
         scorer = run.make_scorer(config, architecture, mesh)
         params = run.load_params(config.model.path, scorer, mesh)
-        return run.load_reference(config, [(data, plan)], scorer, params, mesh).columns[0]
+        return run.load_reference(config, [(data, plan)], scorer, scorer, params, terms, mesh).columns[0]["logps"]
 
 
 def test_what_the_cache_gives_is_what_was_scored_bit_for_bit(world, tmp_path):

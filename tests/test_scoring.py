@@ -87,8 +87,8 @@ def sequences(examples):
     return tokens, scored
 
 
-def one_by_one(params, tokens):
-    """Log-prob of every token but the first, naively: log of a softmax. The architecture restated, no line shared."""
+def distributions(params, tokens):
+    """Probabilities of the token behind every one but the last, naively. The architecture restated, no line shared."""
     a = ARCHITECTURE
 
     def norm(x, scale):
@@ -120,10 +120,15 @@ def one_by_one(params, tokens):
             gate = h @ p["gate_proj"]
             x = x + (gate / (1 + jnp.exp(-gate)) * (h @ p["up_proj"])) @ p["down_proj"]
         logits = norm(x, params["norm"]) @ params["lm_head"].T
-        probabilities = jax.nn.softmax(logits[:-1], axis=-1)
-        return jnp.log(probabilities[jnp.arange(length - 1), tokens[1:]])
+        return jax.nn.softmax(logits[:-1], axis=-1)
 
     return jax.vmap(sequence)(tokens)
+
+
+def one_by_one(params, tokens):
+    """Log-prob of every token but the first, naively: log of a softmax."""
+    of_tokens = jnp.take_along_axis(distributions(params, tokens), tokens[:, 1:, None], axis=2)
+    return jnp.log(of_tokens[:, :, 0])
 
 
 def double(tree):
@@ -242,7 +247,7 @@ def test_the_projection_sees_only_states_that_predict_a_scored_token(monkeypatch
     monkeypatch.setattr(
         scoring,
         "token_statistics",
-        lambda states, weights, targets, count: (
+        lambda states, weights, targets, count, **_: (
             seen.append((states, targets, count)) or {"logps": count + 0.0 * targets}
         ),
     )
@@ -250,7 +255,7 @@ def test_the_projection_sees_only_states_that_predict_a_scored_token(monkeypatch
     sources = jnp.array([[1, 4, 0], [5, 0, 0]], jnp.int32)
     owners = jnp.array([[0, 1, -1], [1, -1, -1]], jnp.int32)
     targets = jnp.array([[7, 8, 0], [9, 0, 0]], jnp.int32)
-    scoring._head_statistics(hidden, jnp.zeros((3, 1)), sources, targets, owners)
+    scoring._head_statistics(hidden, jnp.zeros((3, 1)), sources, targets, owners, names=("logps",))
     ((states, in_turn, count),) = seen
     # Slot by slot through the rows, so that the count ends behind the last real one of any row.
     assert int(count) == 3

@@ -12,7 +12,8 @@ from daajax import first_loss, sharding, step
 from daajax.data.batches import Batches
 from daajax.data.tokens import TokenizedData
 from daajax.losses import links
-from daajax.losses.objectives import Losses, Objective, dpo
+from daajax.losses.objective import Losses, Objective
+from daajax.losses.objectives import dpo
 from daajax.losses.scores import gap, log_ratios
 from daajax.losses.terms import Term, bind
 from daajax.optimizer import make_optimizer, make_schedule
@@ -144,7 +145,7 @@ def expected_metrics():
 
 @functools.partial(jax.jit, static_argnames=("scorer", "terms", "keys"))
 def loss_and_gradient(scorer, params, batch, terms, *, keys):
-    return step.loss_and_gradient(scorer, params, batch, terms, batch_size=BATCH_SIZE, keys=keys)
+    return step.loss_and_gradient(scorer, params, batch, terms, {}, batch_size=BATCH_SIZE, keys=keys)[:2]
 
 
 def batch_of(sizes, reference=None, data: TokenizedData | None = None, **options):
@@ -251,6 +252,17 @@ def test_the_loss_at_the_reference_is_that_of_its_log_probs(loss, value):
         assert float(slack) == pytest.approx(2 * 10 * 1e-3 * weights.mean(), rel=1e-5)
 
 
+def test_a_kink_where_policy_and_reference_are_one_has_a_slope_on_either_side():
+    # DPOP: falling below the reference costs beta · (1 + penalty) · σ(0) a nat, rising above it gains beta · σ(0).
+    batch, _ = batch_of((8, 1, 1))
+    tolerance = jnp.full((BATCH_SIZE, 2), 1e-6)
+    terms = bind([dict(name="dpop", beta=0.1, penalty=50.0)])
+    _, slack = jax.jit(
+        lambda b: first_loss.loss_at_reference(b, terms=terms, batch_size=BATCH_SIZE, tolerance=tolerance)
+    )(batch)
+    assert float(slack) == pytest.approx((51 + 1) * 0.1 / 2 * 1e-6 * facts()[3].mean(), rel=1e-3)
+
+
 # ---------------------------------------------------------------------- the compiled update
 
 
@@ -266,11 +278,12 @@ def updating(name, learning_rate, *, max_grad_norm=None, param_dtype=jnp.float32
     params = jax.device_put(params, where)
     schedule = make_schedule(learning_rate=learning_rate, schedule="linear", warmup_steps=0, updates=10)
     optimizer = make_optimizer(name, schedule, max_grad_norm=max_grad_norm, hyperparameters={})
-    homes = step.state_shardings(mesh, optimizer, params, where)
-    state = step.init_state(params, optimizer, homes)
+    terms = LOSS_TERMS["dpo and sft"]
+    homes = step.state_shardings(mesh, optimizer, params, where, terms)
+    state = step.init_state(params, optimizer, homes, terms)
     update = step.Update(
         scorer,
-        LOSS_TERMS["dpo and sft"],
+        terms,
         optimizer,
         schedule,
         batch_size=BATCH_SIZE,

@@ -114,7 +114,8 @@ def perturbed(monkeypatch):
 
         def load_shifted(*arguments):
             found = load(*arguments)
-            return dataclasses.replace(found, columns=[column + np.float32(by) for column in found.columns])
+            columns = [{"logps": column["logps"] + np.float32(by)} for column in found.columns]
+            return dataclasses.replace(found, columns=columns)
 
         monkeypatch.setattr(run, "load_reference", load_shifted)
 

@@ -81,8 +81,8 @@ def token_statistics(
     count: Int[Array, ""],
     *,
     names: tuple[str, ...] = ("logps",),
-    reference_hidden: Float[Array, "tokens embed"] | None = None,
-    reference_projection: Float[Array, "vocab embed"] | None = None,
+    reference_hidden: Float[Array, "tokens reference_embed"] | None = None,
+    reference_projection: Float[Array, "vocab reference_embed"] | None = None,
     chunk: int = CHUNK,
 ) -> dict[str, Float[Array, " tokens"]]:
     """Named statistics of the distribution that each hidden state predicts, float32.
