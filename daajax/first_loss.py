@@ -16,6 +16,7 @@ from daajax.config import Config
 from daajax.console import say
 from daajax.errors import UserError
 from daajax.loss import Counts, Order, Sums, loss_of, sums_of
+from daajax.losses.sums import SUMS
 from daajax.losses.terms import Needs, Term, initial_state
 from daajax.run import Reference
 from daajax.scoring import Batch
@@ -27,7 +28,6 @@ _BOUNDS = {
     "float32": ("log_ratios/largest", 1e-3),
     "bfloat16": ("log_ratios/largest_per_sqrt_token", 0.1),
 }
-
 
 # What is known of the policy's distributions where it is the reference, from the reference's log-probs.
 _AT_REFERENCE = {"logps": lambda logps: logps, "kl": jnp.zeros_like}
@@ -115,9 +115,15 @@ def loss_at_reference(
     examples, counts, state = order.examples(batch), Counts.of(batch), jax.tree.map(jnp.float32, initial_state(terms))
     by_place = jax.tree.map(order.by_place, sums)
 
+    fixed = {name: values for name, values in by_place.further.items() if not SUMS[name].of_policy}
+    free = by_place._replace(further={name: x for name, x in by_place.further.items() if name not in fixed})
+
     def at(change: float) -> tuple[Float[Array, ""], Sums]:
-        moved = jax.tree.map(lambda x: x + change * tolerance, by_place)
-        return jax.value_and_grad(lambda sums: loss_of(sums, examples, terms, counts, state)[0])(moved)
+        def loss(sums: Sums) -> Float[Array, ""]:
+            whole = sums._replace(further={**sums.further, **fixed})
+            return loss_of(whole, examples, terms, counts, state)[0]
+
+        return jax.value_and_grad(loss)(jax.tree.map(lambda x: x + change * tolerance, free))
 
     # The steepest of three places: some objectives have a kink right where policy and reference are one.
     (_, below), (loss, here), (_, above) = at(-1.0), at(0.0), at(1.0)

@@ -263,6 +263,20 @@ def test_a_kink_where_policy_and_reference_are_one_has_a_slope_on_either_side():
     assert float(slack) == pytest.approx((51 + 1) * 0.1 / 2 * 1e-6 * facts()[3].mean(), rel=1e-3)
 
 
+def test_what_the_reference_alone_says_has_no_slack():
+    # φ of Mallows-DPO is the log of an entropy, here one smaller than the tolerance; the policy does not enter it.
+    batch, _ = batch_of((8, 1, 1))
+    batch = {**batch, "entropies": jnp.full(batch["reference"].shape, 1e-5)}
+    tolerance = jnp.full((BATCH_SIZE, 2), 1e-3)
+    terms = bind([dict(name="mallows_dpo", beta=0.1)])
+    loss, slack = jax.jit(
+        lambda b: first_loss.loss_at_reference(b, terms=terms, batch_size=BATCH_SIZE, tolerance=tolerance)
+    )(batch)
+    assert float(loss) == pytest.approx(np.log(2) * facts()[3].mean(), rel=1e-5)
+    # beta φ / 2 a nat, for either response; to first order.
+    assert float(slack) == pytest.approx(2 * 0.1 * -np.log(1e-5) / 2 * 1e-3 * facts()[3].mean(), rel=1e-2)
+
+
 # ---------------------------------------------------------------------- the compiled update
 
 

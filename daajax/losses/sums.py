@@ -61,6 +61,11 @@ class Sum:
     reads: tuple[str, ...] = ()
     live: bool = False
 
+    @property
+    def of_policy(self) -> bool:
+        """Whether it depends on the policy: through its distributions, or by what the reference is compared with."""
+        return bool(self.statistics) or "reference" in self.reads
+
 
 SUMS: dict[str, Sum] = {
     # of the tokens behind the end of the example's shortest response
