@@ -291,6 +291,11 @@ def _check_eval_data(config: Config) -> None:
         raise UserError(f"config.eval_data.{changed[0]} is set but config.eval_data.path is not; set both or neither.")
 
 
+def tokenizer_path(config: Config) -> str:
+    """Directory of the tokenizer: the model's unless another is named."""
+    return config.tokenizer.path or config.model.path
+
+
 def hyperparameters(config: Config) -> dict[str, float | None]:
     """What an optimizer may take besides its learning rate; None: not set."""
     return {name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay")}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from daajax import checkpoint, command, run, sharding
+from daajax import checkpoint, command, inputs, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
@@ -163,7 +163,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     mesh = sharding.make_mesh(config.mesh.to_dict())
     saved = checkpoint.Checkpoints(where)
     step = saved.choose(step)
-    data, plan = run.load_held_out(config, architecture, terms, mesh)
+    data, plan = inputs.load_held_out(config, architecture, terms, mesh)
     scorer = run.make_scorer(config, architecture, mesh)
     live, columns, initial, reference = bool(run.why_live(config, terms)), {}, None, {}
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
@@ -180,7 +180,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
         initial = None  # before the others come
     state = run.state_at(config, saved, step, scorer, terms, mesh, initial=initial)
     progress = Progress("evaluate", plan.updates, "batch")
-    batches = run.make_batches(config, data, plan, columns, terms, sweep=True)
+    batches = inputs.make_batches(config, data, plan, columns, terms, sweep=True)
     evaluation = Evaluation(scorer, terms, data, batches, mesh, reference_scorer if live else None)
     sums, examples = evaluation.score(state.params, state.reference or reference, progress)
     progress.close()

@@ -6,7 +6,7 @@ What training writes to `model/` at its end is the same of the last update.
 import pathlib
 
 from daajax import checkpoint, command, run, sharding
-from daajax.config import Config
+from daajax.config import Config, tokenizer_path
 from daajax.console import say
 from daajax.errors import UserError
 from daajax.models import weights
@@ -34,9 +34,7 @@ def export(config: Config, workdir: str, step: int | None = None, output: str | 
     mesh = sharding.make_mesh(config.mesh.to_dict())
     scorer = run.make_scorer(config, architecture, mesh)
     params = run.params_at(config, saved, step, scorer, mesh)
-    weights.save(
-        str(target), params, architecture, model_path=config.model.path, tokenizer_path=run.tokenizer_path(config)
-    )
+    weights.save(str(target), params, architecture, model_path=config.model.path, tokenizer_path=tokenizer_path(config))
     say(f"the model of update {step} is in {target}")
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from daajax import checkpoint, command, folder, output, prompts, run, sampling, sharding
-from daajax.config import DTYPES, resolve, restored
+from daajax.config import DTYPES, resolve, restored, tokenizer_path
 from daajax.console import say
 from daajax.data.tokenizer import check_vocabulary, load_tokenizer
 from daajax.errors import UserError
@@ -176,7 +176,7 @@ def model_of_run(options: Options) -> Model:
     return Model(
         f"{workdir} after update {step}",
         config.model.path,
-        run.tokenizer_path(config),
+        tokenizer_path(config),
         config.chat.template,
         config.model.dtype if options.dtype == "auto" else options.dtype,
         config.model.param_dtype,

@@ -3,7 +3,7 @@
 `python -m daajax.precompute --config=configs/dpo_llama.py [--config.key=value …]` takes the flags of `daajax.train`.
 """
 
-from daajax import command, run, sharding
+from daajax import command, inputs, run, sharding
 from daajax.config import Config, losses
 from daajax.console import say
 from daajax.errors import UserError
@@ -29,7 +29,7 @@ def precompute(config: Config, workdir: str = "") -> None:
     mesh = sharding.make_mesh(config.mesh.to_dict())
     if why := run.why_live(config, terms):
         raise UserError(f"the reference stays in memory beside the policy ({why}): there is nothing to precompute.")
-    sets = run.load_sets(config, architecture, terms, mesh)
+    sets = inputs.load_sets(config, architecture, terms, mesh)
     scorer = run.make_scorer(config, architecture, mesh)
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     params = run.load_initial_params(config, scorer, mesh)

@@ -174,9 +174,9 @@ def known_of_reference(
 
 def _columns(scorer: Scorer, states: States, part: Batch, needs: Needs) -> dict[str, Float[Array, "rows scored"]]:
     """The reference's log-probs, and its entropies as a share of the largest there is."""
-    found = scorer.statistics(states, part, ("logps", "entropies") if needs.entropies else ("logps",))
+    found = scorer.statistics(states, part, needs.of_reference)
     columns = {"reference": found["logps"]}
-    if needs.entropies:
+    if "entropies" in found:
         columns["entropies"] = found["entropies"] / math.log(scorer.model.architecture.vocab_size)
     return columns
 

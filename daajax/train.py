@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from daajax import checkpoint, command, first_loss, folder, memory, metrics, run, sharding, step
-from daajax.config import Config, hyperparameters, losses
+from daajax import checkpoint, command, first_loss, folder, inputs, memory, metrics, run, sharding, step
+from daajax.config import Config, hyperparameters, losses, tokenizer_path
 from daajax.console import Progress, say
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
@@ -57,7 +57,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         read_architecture(config.reference.path, "reference.path")
     mesh = sharding.make_mesh(config.mesh.to_dict())
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    sets = run.load_sets(config, architecture, terms, mesh)
+    sets = inputs.load_sets(config, architecture, terms, mesh)
     data, plan = sets[0]
     saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if (done := max(saved.steps, default=0)) > plan.updates:
@@ -106,8 +106,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         follow=step.Follow(config.reference.ema.decay, config.reference.ema.every) if follows else None,
     )
     began, largest = time.perf_counter(), plan.largest_update()
-    unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in run.columns_read(terms)}
-    shaped = run.make_batches(config, data, plan, unknown, terms)[largest]
+    unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in Needs.of(terms).of_reference}
+    shaped = inputs.make_batches(config, data, plan, unknown, terms)[largest]
     abstract_batch = sharding.abstract(shaped, dict.fromkeys(shaped, batch_sharding))
     compiled = update.compile(abstract, abstract_batch, sharding.abstract(*beside), keys=plan.shape(largest).keys)
     say(f"compiled the update in {time.perf_counter() - began:.1f} s")
@@ -127,9 +127,9 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             donated = reference.live is params and not resumes
             live = jax.tree.map(jnp.copy, params) if donated else reference.live
         reference = dataclasses.replace(reference, live={})
-    batches, evaluation = run.make_batches(config, data, plan, columns[0], terms), None
+    batches, evaluation = inputs.make_batches(config, data, plan, columns[0], terms), None
     if sets[1:]:
-        held_out = run.make_batches(config, *sets[1], columns[1], terms, sweep=True)
+        held_out = inputs.make_batches(config, *sets[1], columns[1], terms, sweep=True)
         evaluation = Evaluation(scorer, terms, sets[1][0], held_out, mesh, reference_scorer if is_live else None)
 
     # ------------------------------------------------------------------ the state, fresh or from a checkpoint
@@ -220,7 +220,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             state.params,
             architecture,
             model_path=config.model.path,
-            tokenizer_path=run.tokenizer_path(config),
+            tokenizer_path=tokenizer_path(config),
         )
         if not is_saved:
             raise UserError(

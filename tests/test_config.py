@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from configs.published import COMBINED, SETTINGS
-from daajax import command, config, optimizer, run, sharding
+from daajax import command, config, inputs, optimizer, run, sharding
 from daajax.config import losses, resolve
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
@@ -52,7 +52,7 @@ def chat(tmp_path_factory):
 
 
 def data_of(options):
-    return run.load_data(options, options.data, read_architecture(options.model.path), bind(losses(options)))
+    return inputs.load_data(options, options.data, read_architecture(options.model.path), bind(losses(options)))
 
 
 def seen_data(options):
@@ -62,14 +62,14 @@ def seen_data(options):
 
 def seen_eval_data(options):
     architecture = read_architecture(options.model.path)
-    data = run.load_data(options, options.eval_data, architecture, bind(losses(options)), "eval_data")
+    data = inputs.load_data(options, options.eval_data, architecture, bind(losses(options)), "eval_data")
     return data.digest, tuple(data.ids)
 
 
 def seen_plan(options):
     with worlds.visible(8):
         mesh = sharding.make_mesh(options.mesh.to_dict())
-        plan = run.make_plan(options, data_of(options), mesh)
+        plan = inputs.make_plan(options, data_of(options), mesh)
     return (
         plan.windows.tobytes(),
         plan.row_of.tobytes(),

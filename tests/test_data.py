@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from daajax import run
+from daajax import inputs
 from daajax.config import losses
 from daajax.data.sources import read
 from daajax.errors import UserError
@@ -38,7 +38,7 @@ def trained(world, tmp_path, capsys):
 def load(*flags, part="data"):
     """The tokenized data that a command line comes to."""
     config, _ = worlds.parse(*flags)
-    return run.load_data(config, config[part], read_architecture(config.model.path), bind(losses(config)), part)
+    return inputs.load_data(config, config[part], read_architecture(config.model.path), bind(losses(config)), part)
 
 
 # ---------------------------------------------------------------------- sources

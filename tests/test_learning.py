@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from daajax import run, sharding
+from daajax import inputs, run, sharding
 from daajax.config import losses
 from daajax.data.sizes import Sizes
 from daajax.data.windows import sweep_windows
@@ -35,10 +35,10 @@ def summed_logps(model, data, cache, *arguments, limit=None):
         architecture = read_architecture(config.model.path)
         mesh = sharding.make_mesh(config.mesh.to_dict())
         terms = bind(losses(config))
-        found = run.load_data(config, config.data, architecture, terms)
+        found = inputs.load_data(config, config.data, architecture, terms)
         sizes = Sizes.of(found, prefix_sharing=True)
         windows = sweep_windows(sizes, batch_size=config.batch_size)
-        plan = run.pack(config, windows, sizes, mesh, found.ids)
+        plan = inputs.pack(config, windows, sizes, mesh, found.ids)
         scorer = run.make_scorer(config, architecture, mesh)
         params = run.load_params(config.model.path, scorer, mesh)
         tokens = run.load_reference(config, [(found, plan)], scorer, scorer, params, terms, mesh).columns[0]["logps"]

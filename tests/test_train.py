@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from daajax import metrics, run, step
+from daajax import inputs, metrics, run, step
 from daajax.data.token_cache import tokenized
 from daajax.errors import UserError
 from tests import worlds
@@ -354,7 +354,7 @@ def test_a_folder_with_a_damaged_config_is_refused(world, tmp_path):
 
 @pytest.mark.parametrize("below", ["", "run", "run/further"])
 def test_a_file_in_the_way_of_the_folder_is_refused_before_the_work(world, tmp_path, monkeypatch, below):
-    monkeypatch.setattr(run, "load_data", None)  # calling it would be a TypeError
+    monkeypatch.setattr(inputs, "load_data", None)  # calling it would be a TypeError
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file"):
         worlds.train(tmp_path / "file" / below, *world.flags)

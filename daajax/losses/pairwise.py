@@ -2,7 +2,7 @@
 
 To add one: a function of `Responses` with keyword-only hyper-parameters, under its paper's name, that returns
 `Losses`; and a line in `daajax.losses.objectives.OBJECTIVES`. Nothing here reads a config, a mask or a batch; weights,
-counts and means are `daajax.step`'s.
+counts and means are `daajax.loss`'s.
 """
 
 import functools

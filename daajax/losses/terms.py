@@ -45,7 +45,7 @@ class Needs:
         fields: What they read of the data.
         may_read: What they read of it where the data have it.
         draws: Random numbers.
-        entropies: Whether they read the entropies of the reference.
+        of_reference: Keys of `daajax.ops.head.STATISTICS`, of the reference.
         live: Names of the terms that need the reference's model beside the policy's.
     """
 
@@ -56,7 +56,7 @@ class Needs:
     fields: tuple[str, ...]
     may_read: tuple[str, ...]
     draws: tuple[str, ...]
-    entropies: bool
+    of_reference: tuple[str, ...]
     live: tuple[str, ...]
 
     @classmethod
@@ -77,7 +77,7 @@ class Needs:
             fields=union(objective.reads for objective in objectives),
             may_read=union(objective.may_read for objective in objectives),
             draws=union([*(objective.draws for objective in objectives), [n for n in DRAWS if n in reads]]),
-            entropies="entropies" in reads,
+            of_reference=("logps", "entropies") if "entropies" in reads else ("logps",),
             live=tuple(term.name for term in terms if any(SUMS[name].live for name in term.objective.sums)),
         )
 
