@@ -76,6 +76,8 @@ def get_config() -> Any:
     config.model.dtype = "bfloat16"  # compute dtype: bfloat16 or float32
     # dtype of the trained parameters; bfloat16 does not move at DPO's learning rates
     config.model.param_dtype = "float32"
+    # weight of the loss that balances the experts of a mixture (its config's router_aux_loss_coef is not read); 0: none
+    config.model.router_aux_loss_coef = 0.0
 
     config.tokenizer = config_dict.ConfigDict()
     config.tokenizer.path = optional_text()  # directory of the tokenizer; None: model.path

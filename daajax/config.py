@@ -75,6 +75,7 @@ _RANGES = {
     "max_length": _Range(2),
     "max_prompt_length": _Range(1),
     "micro_batches": _Range(1),
+    "model.router_aux_loss_coef": _Range(0),
     "optimizer.b1": _Range(0, 1),
     "optimizer.b2": _Range(0, 1),
     "optimizer.eps": _Range(0, is_open=True),

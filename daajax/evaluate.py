@@ -61,7 +61,7 @@ class Evaluation:
 
         def sums(params: Params, reference: Params, part: Batch, keys: int) -> Sums:
             live = None if reference_scorer is None else Live(reference_scorer, reference)
-            return sums_under(scorer, params, part, needs, keys=keys, live=live)
+            return sums_under(scorer, params, part, needs, keys=keys, live=live)[0]
 
         self._sums = jax.jit(sums, static_argnums=3, out_shardings=sharding.replicated(mesh))
         self._metrics = jax.jit(functools.partial(_metrics_of, terms=terms))

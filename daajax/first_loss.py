@@ -69,11 +69,12 @@ class FirstLoss:
             UserError: If the loss or a log-ratio is off.
         """
         name, bound = _BOUNDS[self.dtype]
+        found = values["loss"] - values.get("loss/router", 0.0)  # which no log-prob tells
         ratios = f"{name} {values[name]:.2g} nats (at most {bound:g})"
-        say(f"first loss: {values['loss']:.6f}, with the reference's log-probs {self.loss:.6f}; {ratios}")
-        if not (abs(values["loss"] - self.loss) <= self.slack and values[name] <= bound):
+        say(f"first loss: {found:.6f}, with the reference's log-probs {self.loss:.6f}; {ratios}")
+        if not (abs(found - self.loss) <= self.slack and values[name] <= bound):
             raise UserError(
-                f"the first loss is {values['loss']:.6f} but {self.loss:.6f} with the cached reference log-probs, and "
+                f"the first loss is {found:.6f} but {self.loss:.6f} with the cached reference log-probs, and "
                 f"{ratios}, though policy and reference are the same model: the two were not computed alike. Remove "
                 "reference.cache_dir and try again, or set check_first_loss=False to train all the same."
             )

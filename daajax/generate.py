@@ -21,6 +21,7 @@ from daajax.console import say
 from daajax.data.tokenizer import check_vocabulary, load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator, Samples, check_prompts
+from daajax.models.architecture import for_length
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.prompts import Prompt
@@ -117,6 +118,7 @@ def generate(options: Options) -> None:
     for notice in notices:
         say(notice)
     check_prompts(tokens, architecture, options.max_tokens)
+    architecture = for_length(architecture, max(map(len, tokens)) + options.max_tokens)
     stops = stop_ids(model.path, tokenizer)
     file = None if options.output is None else pathlib.Path(options.output)
     if file is not None:

@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 from daajax import sampling, sharding
 from daajax.errors import UserError
 from daajax.models import decoder
+from daajax.models.architecture import Architecture
 from daajax.models.decoder import Memory, Params
-from daajax.models.families import Architecture
 from daajax.ops import attention, head
-from daajax.scoring import Scorer
+from daajax.scoring import Scorer, see_kinds
 
 LEAST_WIDTH = 32  # tokens; prompts are padded to this or to a doubling of it, so that few programs are compiled
 
@@ -67,7 +67,9 @@ class Generator:
         self._mesh = mesh
         self._reader, self._see = scorer.model, scorer.see
         queries, keys = ("rows", "length", "heads", "head_dim"), ("rows", "length", "kv_heads", "head_dim")
-        attend = sharding.local(_attend_cached, mesh, (queries, keys, keys, ("rows",), keys, keys), queries)
+        a = self.architecture
+        cached = functools.partial(_attend_cached, scale=a.attention_scale, softcap=a.attn_logit_softcapping)
+        attend = sharding.local(cached, mesh, (queries, keys, keys, ("rows",), keys, keys), queries)
         self._writer = scorer.model.clone(attend=lambda q, k, v, seen: attend(q, k, v, seen[0], *seen[1]))
         self._place_cache = sharding.constrain(mesh, ("layers", *keys))
         self._place_log_probs = sharding.constrain(mesh, ("rows", None))
@@ -167,11 +169,11 @@ class Generator:
         slot_positions = jnp.where(slots < width, slots, lengths[:, None] + slots - width)
         keys = sampling.row_keys(key, batch["prompts"], batch["samples"])
         pick = functools.partial(sampling.draw, temperature=temperature, top_k=top_k, top_p=top_p)
-        weights = decoder.projection(params, self.architecture)
+        weights, softcap = decoder.projection(params, self.architecture), self.architecture.final_logit_softcapping
 
         def append(written: _Written, hidden: Float[Array, "rows embed"], t: Array) -> _Written:
             """Chooses the t-th token of every row that is alive."""
-            log_probs = self._place_log_probs(head.log_probs(hidden, weights.astype(hidden.dtype)))
+            log_probs = self._place_log_probs(head.log_probs(hidden, weights.astype(hidden.dtype), softcap))
             chosen = pick(log_probs, jax.vmap(jax.random.fold_in, (0, None))(keys, t)).astype(jnp.int32)
             logps = jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
             stops = (chosen[:, None] == stop_ids[None]).any(axis=1)
@@ -188,9 +190,9 @@ class Generator:
             fed = jax.lax.dynamic_slice_in_dim(written.tokens, t - 1, 1, axis=1)
             at, slot = (lengths + t - 1)[:, None], width + t - 1
             seen = (slots < lengths[:, None]) | ((slots >= width) & (slots < slot))
-            if self.architecture.sliding_window is not None:
-                seen &= at - slot_positions < self.architecture.sliding_window
-            hidden, made = decoder.decode(self._writer, params, fed, at, seen, cache)
+            near = at - slot_positions
+            sight = see_kinds(self.architecture, lambda window: seen if window is None else seen & (near < window))
+            hidden, made = decoder.decode(self._writer, params, fed, at, sight, cache)
             cache = jax.tree.map(lambda old, new: _put_slot(old, new, slot), cache, made)
             return t + 1, append(written, hidden[:, 0], t), cache
 
@@ -257,11 +259,14 @@ def _attend_cached(
     seen: Bool[Array, "rows slots"],
     cached_keys: Float[Array, "rows slots kv_heads head_dim"],
     cached_values: Float[Array, "rows slots kv_heads head_dim"],
+    *,
+    scale: float | None,
+    softcap: float | None,
 ) -> Float[Array, "rows 1 heads head_dim"]:
     """A token sees slots of its row's cache, and itself."""
     mask = jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)[:, None]
     all_keys, all_values = jnp.concatenate([cached_keys, keys], 1), jnp.concatenate([cached_values, values], 1)
-    return attention.dense(queries, all_keys, all_values, mask)
+    return attention.dense(queries, all_keys, all_values, mask, scale=scale, softcap=softcap)
 
 
 def _put(buffer: Array, column: Array, t: Array) -> Array:

@@ -18,7 +18,7 @@ from daajax.data.token_cache import tokenized
 from daajax.data.tokens import TokenizedData, concatenate, source_names, summary
 from daajax.errors import UserError
 from daajax.losses.terms import Needs, Term
-from daajax.models.families import Architecture
+from daajax.models.architecture import Architecture
 
 
 def load_sets(

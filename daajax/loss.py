@@ -7,6 +7,7 @@ whatever rows and micro-batches they were scored in.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +16,7 @@ from daajax.losses.objective import Losses
 from daajax.losses.scores import Responses
 from daajax.losses.sums import SUMS, Tokens
 from daajax.losses.terms import Needs, Term
+from daajax.models.decoder import Routing
 from daajax.scoring import Batch, response_sums
 
 State = Mapping[str, Mapping[str, Float[Array, ""]]]  # what objectives keep from update to update, by the term's name
@@ -137,6 +139,21 @@ def share_of(result: Losses, examples: Batch, counts: Counts) -> Float[Array, ""
 
     loss = total(result.losses) / counts.examples
     return loss if result.token_losses is None else loss + total(result.token_losses) / counts.tokens
+
+
+def router_loss(routing: Routing) -> Float[Array, ""]:
+    """What balances experts: least, k of k experts a token, where each gets as many tokens as every other.
+
+    Args:
+        routing: Sums over the tokens of a whole update; layers count alike.
+
+    References:
+        Eqs. 4 to 6 of Fedus et al. 2021, https://arxiv.org/abs/2101.03961, over k experts a token and all layers as in
+        transformers' `load_balancing_loss_func`.
+    """
+    sent, given = (sums.reshape(-1, sums.shape[-1]).sum(axis=0) for sums in (routing.chosen, routing.probabilities))
+    tokens = jax.lax.stop_gradient(given.sum())  # what a router gives a token sums to 1
+    return len(given) * (sent / tokens * given / tokens).sum()
 
 
 class Order:

@@ -32,6 +32,10 @@ class Logged(NamedTuple):
         """Of parts stacked along the first axis."""
         return Logged(*(jax.tree.map(f, part) for f, part in zip((_sum, _max), self, strict=True)))
 
+    def with_term(self, name: str, loss: Array) -> "Logged":
+        """With a further term of the loss, which is logged beside it."""
+        return self._replace(sums={**self.sums, "loss": self.sums["loss"] + loss, f"loss/{name}": loss})
+
     def values(self) -> dict[str, Array]:
         """Name to scalar."""
         return {**self.sums, **self.maxima}

@@ -20,16 +20,21 @@ from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
 from daajax.losses.terms import Needs, Term, initial_state
 from daajax.models import decoder, weights
+from daajax.models.architecture import Architecture, for_length
 from daajax.models.decoder import Params
-from daajax.models.families import Architecture, read_architecture
+from daajax.models.families import read_architecture
 from daajax.scoring import Batch, Scorer
 from daajax.step import TrainState
 
 
 def make_scorer(config: Config, architecture: Architecture, mesh: Any) -> Scorer:
-    """The scoring function of a model on a mesh."""
+    """The scoring function of a model on a mesh.
+
+    Raises:
+        UserError: If the model has no positions for `max_length`, or the mesh cuts its heads into unequal parts.
+    """
     return Scorer.make(
-        architecture,
+        for_length(architecture, config.max_length),
         mesh,
         attention="blockwise" if config.attention == "auto" else config.attention,
         remat=config.remat,

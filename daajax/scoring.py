@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from daajax import sharding
-from daajax.models.decoder import Decoder, Params, projection
-from daajax.models.families import Architecture
-from daajax.ops import attention
+from daajax.models.architecture import Architecture
+from daajax.models.decoder import Decoder, Params, Routing, projection
+from daajax.ops import attention, experts
 from daajax.ops.head import token_statistics
 
 Batch = Mapping[str, Array]
@@ -81,28 +81,34 @@ class Scorer:
         sharding.check_divides(mesh, "heads", architecture.num_attention_heads, "attention heads")
         sharding.check_divides(mesh, "kv_heads", architecture.num_key_value_heads, "key-value heads")
         see, attend = ATTENTION[attention]
+        a = architecture
+        attend = functools.partial(attend, scale=a.attention_scale, softcap=a.attn_logit_softcapping)
         queries, keys = ("rows", "length", "heads", "head_dim"), ("rows", "length", "kv_heads", "head_dim")
         model = Decoder(
             architecture,
             attend=sharding.local(attend, mesh, (queries, keys, keys, ("rows",)), queries),
+            mix=functools.partial(_mix, mesh),
             constrain=sharding.constrain(mesh, ("rows", "length", None)),
             dtype=dtype,
             param_dtype=param_dtype,
             remat=remat,
         )
-        return cls(model, lambda batch, keys: see(batch, keys, architecture.sliding_window), mesh, attention)
+        return cls(model, lambda batch, keys: see_kinds(a, lambda window: see(batch, keys, window)), mesh, attention)
 
-    def states(self, params: Params, batch: Batch, *, keys: int) -> "States":
+    def states(self, params: Params, batch: Batch, *, keys: int, routed: bool = False) -> "States":
         """The model's last hidden states of one micro-batch, with the projection that makes logits of them.
 
         Args:
             params: Whose.
             batch: One micro-batch, keys of `daajax.data.batches.LAYOUT`.
             keys: The plan's capacity in gathered keys.
+            routed: Whether to sum how routers sent the tokens to experts.
         """
-        seen = self.see(batch, keys)
-        hidden: Any = self.model.apply({"params": params}, batch["tokens"], batch["positions"], seen)
-        return States(hidden, projection(params, self.model.architecture))
+        apply: Any = self.model.apply
+        architecture = self.model.architecture
+        seen, weighed = self.see(batch, keys), responses_served(batch) if routed else None
+        hidden, routing = apply({"params": params}, batch["tokens"], batch["positions"], seen, weighed)
+        return States(hidden, projection(params, architecture), architecture.final_logit_softcapping, routing)
 
     def statistics(
         self, states: "States", batch: Batch, names: tuple[str, ...], *, reference: "States | None" = None
@@ -121,7 +127,13 @@ class Scorer:
         if reference is not None:
             given += [(reference.hidden, rows), (reference.weights, whole)]
         arrays, axes = zip(*given, strict=True)
-        return sharding.local(functools.partial(_head_statistics, names=names), self.mesh, axes, rows)(*arrays)
+        score = functools.partial(
+            _head_statistics,
+            names=names,
+            softcap=states.softcap,
+            reference_softcap=None if reference is None else reference.softcap,
+        )
+        return sharding.local(score, self.mesh, axes, rows)(*arrays)
 
     def token_logps(self, params: Params, batch: Batch, *, keys: int) -> Float[Array, "rows scored"]:
         """Log-probs of the scored tokens, nats, float32; 0 in empty slots. Arguments are those of `states`."""
@@ -129,10 +141,52 @@ class Scorer:
 
 
 class States(NamedTuple):
-    """Last hidden states of rows, and the vocabulary projection."""
+    """What a model makes of rows.
+
+    Attributes:
+        hidden: Last hidden states.
+        weights: The vocabulary projection.
+        softcap: Where its logits are capped.
+        routing: How routers sent the tokens to experts, if that was asked for.
+    """
 
     hidden: Float[Array, "rows length embed"]
     weights: Float[Array, "vocab embed"]
+    softcap: float | None
+    routing: Routing | None
+
+
+def responses_served(batch: Batch) -> Float[Array, "rows length"]:
+    """How many responses each token serves: a shared prompt's all of its example, a response's one, padding none."""
+    segments, branches = batch["segments"], batch["branches"]
+    responses = (batch["lengths"] > 0).sum(axis=-1)  # of each slot; segment s is slot s - 1
+    shared = jnp.take_along_axis(responses, jnp.maximum(segments - 1, 0), axis=1)
+    return jnp.where(segments > 0, jnp.where(branches == 0, shared, 1), 0).astype(jnp.float32)
+
+
+def see_kinds(architecture: Architecture, see: Callable[[int | None], Any]) -> Any:
+    """What layers of every kind see; where there are several kinds, their axis leads.
+
+    Args:
+        architecture: Whose layers.
+        see: From a window to what attention needs to know of the rows.
+    """
+    windows = [kind.sliding_window for kind in architecture.kinds]
+    seen = {window: see(window) for window in windows}
+    if len(windows) == 1:
+        return seen[windows[0]]
+    return jax.tree.map(lambda *values: jnp.stack(values), *(seen[window] for window in windows))
+
+
+def _mix(mesh: Any, x: Array, chosen: Array, weights: Array, gate: Array, up: Array, down: Array, act: Any) -> Array:
+    """`experts.mix` with the experts cut over devices: each computes its own experts' part for its rows."""
+
+    def part(x, chosen, weights, gate, up, down, ids) -> Array:
+        return experts.mix(x, chosen, weights, gate, up, down, act, ids)[None]
+
+    rows, own, ids = ("rows",), ("experts",), jnp.arange(len(gate), dtype=jnp.int32)
+    axes = (rows, rows, rows, own, own, own, own)
+    return sharding.local(part, mesh, axes, (*own, *rows))(x, chosen, weights, gate, up, down, ids).sum(axis=0)
 
 
 def _head_statistics(
@@ -145,6 +199,8 @@ def _head_statistics(
     reference_weights: Float[Array, "vocab reference_embed"] | None = None,
     *,
     names: tuple[str, ...],
+    softcap: float | None,
+    reference_softcap: float | None = None,
 ) -> dict[str, Float[Array, "rows scored"]]:
     """Statistics at the scored slots; only hidden states that predict a scored token reach the projection."""
     rows, scored = sources.shape
@@ -163,6 +219,8 @@ def _head_statistics(
         names=names,
         reference_hidden=None if reference_hidden is None else in_turn(reference_hidden),
         reference_projection=reference_weights,
+        softcap=softcap,
+        reference_softcap=reference_softcap,
     )
     return {name: jnp.where(owners >= 0, values.reshape(scored, rows).T, 0) for name, values in statistics.items()}
 

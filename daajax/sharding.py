@@ -33,6 +33,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "vocab": "tensor",
     "mlp": "tensor",
+    "experts": "tensor",
+    "expert_mlp": None,
+    "router": None,
+    "positions": None,
     # both
     "heads": "tensor",
     "kv_heads": "tensor",

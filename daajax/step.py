@@ -3,7 +3,7 @@
 The loss is a function of `[examples, K]` log-probs, and its gradient is taken on those small arrays; the model's
 vector-Jacobian product then pulls it back. With one micro-batch that is plain backpropagation. With several, an
 objective that couples the examples of an update first sees all of them: one pass scores without gradient, a second one
-pulls back. The others need one pass.
+pulls back. So does a loss that balances experts over the update. The others need one pass.
 """
 
 import math
@@ -16,10 +16,12 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from daajax import ema, metrics, sharding
-from daajax.loss import Counts, Order, State, Sums, loss_of, sums_of
+from daajax.loss import Counts, Order, State, Sums, loss_of, router_loss, sums_of
 from daajax.losses.terms import Needs, Term, initial_state
-from daajax.models.decoder import Params
+from daajax.models.decoder import Params, Routing
 from daajax.scoring import Batch, Scorer, States
+
+Scored = tuple[Sums, Routing | None]  # what the loss is a function of
 
 
 class TrainState(NamedTuple):
@@ -137,9 +139,16 @@ class Live(NamedTuple):
 
 
 def sums_under(
-    scorer: Scorer, params: Params, batch: Batch, needs: Needs, *, keys: int, live: Live | None = None
-) -> Sums:
-    """Scores one micro-batch and sums what the terms need of it.
+    scorer: Scorer,
+    params: Params,
+    batch: Batch,
+    needs: Needs,
+    *,
+    keys: int,
+    live: Live | None = None,
+    routed: bool = False,
+) -> tuple[Sums, Routing | None]:
+    """Scores one micro-batch, sums what the terms need of it, and how routers sent its tokens, if `routed`.
 
     Args:
         scorer: The policy's.
@@ -148,14 +157,16 @@ def sums_under(
         needs: What the terms need.
         keys: The plan's capacity in gathered keys.
         live: The reference, where it is; it gets no gradient.
+        routed: Whether to sum how routers sent the tokens to experts.
     """
     compared = None
     if live is not None:
         states = live.scorer.states(jax.lax.stop_gradient(live.params), batch, keys=keys)
         batch = {**batch, **_columns(live.scorer, states, batch, needs)}
         compared = states if needs.live else None
-    own = scorer.states(params, batch, keys=keys)
-    return sums_of(scorer.statistics(own, batch, needs.statistics, reference=compared), batch, needs)
+    own = scorer.states(params, batch, keys=keys, routed=routed)
+    found = scorer.statistics(own, batch, needs.statistics, reference=compared)
+    return sums_of(found, batch, needs), own.routing
 
 
 def known_of_reference(
@@ -191,6 +202,7 @@ def loss_and_gradient(
     batch_size: int,
     keys: int,
     live: Live | None = None,
+    router_loss_coef: float = 0.0,
 ) -> tuple[Params, metrics.Logged, State]:
     """Gradient of an update's loss, float32; what to log of it; what the objectives keep after it.
 
@@ -203,45 +215,51 @@ def loss_and_gradient(
         batch_size: Examples an update.
         keys: The plan's capacity in gathered keys.
         live: The reference, where its model is there.
+        router_loss_coef: What `daajax.loss.router_loss` is added with.
     """
-    counts, needs = Counts.of(batch), Needs.of(terms)
+    counts, needs, balances = Counts.of(batch), Needs.of(terms), router_loss_coef > 0
 
-    def score(params: Params, part: Batch) -> Sums:
-        return sums_under(scorer, params, part, needs, keys=keys, live=live)
+    def score(params: Params, part: Batch) -> Scored:
+        return sums_under(scorer, params, part, needs, keys=keys, live=live, routed=balances)
 
-    def cotangents(sums: Sums, part: Batch) -> tuple[Sums, tuple[metrics.Logged, State]]:
+    def cotangents(scored: Scored, part: Batch) -> tuple[Scored, tuple[metrics.Logged, State]]:
         """Gradient of the loss with respect to sums; the examples of other parts are absent from it."""
-        order = Order(part["places"], batch_size)
+        (sums, routing), order = scored, Order(part["places"], batch_size)
         by_place = jax.tree.map(order.by_place, sums)
-        gradient, rest = jax.grad(loss_of, has_aux=True)(by_place, order.examples(part), terms, counts, state)
-        return jax.tree.map(order.by_slot, gradient), rest
+        gradient, (logged, kept) = jax.grad(loss_of, has_aux=True)(by_place, order.examples(part), terms, counts, state)
+        d_routing = None
+        if routing is not None:
+            loss, d_routing = jax.value_and_grad(lambda r: router_loss_coef * router_loss(r))(routing)
+            logged = logged.with_term("router", loss)
+        return (jax.tree.map(order.by_slot, gradient), d_routing), (logged, kept)
 
-    def pull_back(part: Batch, cotangents_of: Callable[[Sums], tuple[Sums, Any]]) -> tuple[Params, Any]:
-        sums, pull = jax.vjp(lambda params: score(params, part), params)
-        cotangent, rest = cotangents_of(sums)
+    def pull_back(part: Batch, cotangents_of: Callable[[Scored], tuple[Scored, Any]]) -> tuple[Params, Any]:
+        scored, pull = jax.vjp(lambda params: score(params, part), params)
+        cotangent, rest = cotangents_of(scored)
         (gradient,) = pull(cotangent)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), rest
 
     if len(batch["places"]) == 1:
         part = {name: value[0] for name, value in batch.items()}
-        gradient, (logged, kept) = pull_back(part, lambda sums: cotangents(sums, part))
+        gradient, (logged, kept) = pull_back(part, lambda scored: cotangents(scored, part))
         return gradient, logged, kept
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    if needs.coupled:
+    if needs.coupled or balances:
 
         def pull(total: Params, operands: tuple[Batch, Sums]) -> tuple[Params, None]:
             part, cotangent = operands
-            gradient, _ = pull_back(part, lambda _: (cotangent, None))
+            gradient, _ = pull_back(part, lambda _: ((cotangent, d_routing), None))
             return jax.tree.map(jnp.add, total, gradient), None
 
-        _, sums = jax.lax.scan(lambda _, part: (None, score(params, part)), None, batch)
-        cotangent, (logged, kept) = cotangents(sums, batch)
+        _, (sums, routing) = jax.lax.scan(lambda _, part: (None, score(params, part)), None, batch)
+        whole = jax.tree.map(lambda x: x.sum(axis=0), routing)
+        (cotangent, d_routing), (logged, kept) = cotangents((sums, whole), batch)
         gradient, _ = jax.lax.scan(pull, zeros, (batch, cotangent))
         return gradient, logged, kept
 
     def accumulate(total: Params, part: Batch) -> tuple[Params, metrics.Logged]:
-        gradient, (logged, _) = pull_back(part, lambda sums: cotangents(sums, part))
+        gradient, (logged, _) = pull_back(part, lambda scored: cotangents(scored, part))
         return jax.tree.map(jnp.add, total, gradient), logged
 
     gradient, logged = jax.lax.scan(accumulate, zeros, batch)
@@ -282,6 +300,7 @@ class Update:
         reference_scorer: Scores rows under a reference whose model is there beside the policy's; None: none is.
         reference_shardings: Where its parameters live, if they are not part of the state.
         follow: How a reference that is part of the state follows the policy.
+        router_loss_coef: What the loss that balances experts is added with.
     """
 
     def __init__(
@@ -298,13 +317,22 @@ class Update:
         reference_scorer: Scorer | None = None,
         reference_shardings: Any = None,
         follow: Follow | None = None,
+        router_loss_coef: float = 0.0,
     ):
         def update(
             state: TrainState, batch: Batch, reference: Params, keys: int
         ) -> tuple[TrainState, dict[str, Array]]:
             live = None if reference_scorer is None else Live(reference_scorer, state.reference or reference)
             gradient, logged, kept = loss_and_gradient(
-                scorer, state.params, batch, terms, state.objectives, batch_size=batch_size, keys=keys, live=live
+                scorer,
+                state.params,
+                batch,
+                terms,
+                state.objectives,
+                batch_size=batch_size,
+                keys=keys,
+                live=live,
+                router_loss_coef=router_loss_coef,
             )
             changes, moments = optimizer.update(gradient, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, changes)

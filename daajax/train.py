@@ -55,6 +55,11 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     architecture = read_architecture(config.model.path)
     if config.reference.path is not None:  # before minutes are spent on the data
         read_architecture(config.reference.path, "reference.path")
+    if config.model.router_aux_loss_coef and architecture.experts is None:
+        raise UserError(
+            f"config.model.router_aux_loss_coef={config.model.router_aux_loss_coef} but {config.model.path} has no "
+            "experts to balance; leave it at 0."
+        )
     mesh = sharding.make_mesh(config.mesh.to_dict())
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     sets = inputs.load_sets(config, architecture, terms, mesh)
@@ -104,6 +109,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         reference_scorer=reference_scorer if is_live else None,
         reference_shardings=beside[1],
         follow=step.Follow(config.reference.ema.decay, config.reference.ema.every) if follows else None,
+        router_loss_coef=config.model.router_aux_loss_coef,
     )
     began, largest = time.perf_counter(), plan.largest_update()
     unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in Needs.of(terms).of_reference}

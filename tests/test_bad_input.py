@@ -161,10 +161,10 @@ def test_tensors_that_do_not_fit_the_config(refused, tmp_path, edit, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are gemma"),
         ({"sliding_window": 64}, "['sliding_window'] are not known"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+        ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "rope_type 'mrope' is not supported"),
         ({"num_attention_heads": 3}, "num_attention_heads=3 is not a multiple"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
         ({"vocab_size": "many"}, "vocab_size is 'many'; a positive integer is needed"),

@@ -147,6 +147,7 @@ ELSEWHERE = {  # option: the test, here or beside, that changes it
     "data.path": "test_bad_input: data that cannot be read are named",
     "data.split": "test_data: a split is chosen",
     "eval.every": "test_evaluate: evaluations come every so often and last",
+    "model.router_aux_loss_coef": "test_router: a mixture is trained with and without it",
     "eval_data.cache_dir": "test_data: held out data are read by the options of their own",
     "eval_data.max_bad_rows": "test_data: held out data are read by the options of their own",
     "eval_data.name": "test_data: held out data are read by the options of their own",

@@ -13,10 +13,12 @@ from daajax.data.batches import Batches
 from daajax.data.tokenizer import load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator
+from daajax.models.architecture import for_length
 from daajax.models.families import read_architecture
 from daajax.scoring import Scorer
 from tests import worlds
 from tests.data.test_batches import Raw, planned, tokenized_data
+from tests.oracle import make_values as oracle
 
 ONE = (1, 1, 1)  # devices on data, fsdp, tensor
 MESHES = [(2, 2, 2), (1, 8, 1), (4, 1, 2)]
@@ -46,13 +48,19 @@ def windowed(tmp_path_factory):
     return str(worlds.make_model(tmp_path_factory.mktemp("windowed"), **changes))
 
 
+@pytest.fixture(scope="module", params=["gemma2", "gemma3", "mixtral", "phi3_long", "smollm3", "gpt2", "gpt_neox"])
+def family(request, tmp_path_factory):
+    """A family with something that a step of the loop may get wrong: kinds of layers, caps, experts, positions."""
+    return oracle.write_model(tmp_path_factory.mktemp(request.param), oracle.MODELS[request.param])
+
+
 @functools.cache
 def loaded(path, sizes=ONE, dtype="float32"):
     """A directory's generator, its scorer, and its parameters on a mesh."""
     with worlds.visible(int(np.prod(sizes))):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     scorer = Scorer.make(
-        read_architecture(path),
+        for_length(read_architecture(path), 100),
         mesh,
         attention="blockwise",
         remat="none",
@@ -112,6 +120,13 @@ def test_log_probs_through_a_window_are_those_of_the_scoring_function(path, wind
     samples = generate(windowed, samples=2)
     np.testing.assert_allclose(samples.logps, scored(windowed, PROMPTS, samples), rtol=0, atol=1e-4)
     assert np.abs(samples.logps - scored(path, PROMPTS, samples)).max() > 0.1  # the same weights without a window
+
+
+@pytest.mark.parametrize("sizes", [ONE, pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
+def test_log_probs_of_every_family_are_those_of_the_scoring_function(family, sizes):
+    samples = generate(family, sizes=sizes)
+    np.testing.assert_allclose(samples.logps, scored(family, PROMPTS, samples, sizes), rtol=0, atol=2e-4)
+    assert samples.logps.min() < -1
 
 
 @pytest.mark.slow

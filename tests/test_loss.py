@@ -44,7 +44,7 @@ def loss_and_gradient(scorer, params, batch, terms, state, live=None, *, keys):
 @functools.partial(jax.jit, static_argnames=("scorer", "needs", "keys"))
 def sums_under(scorer, params, part, needs, live=None, *, keys):
     live = None if live is None else step.Live(scorer, live)
-    return step.sums_under(scorer, params, part, needs, keys=keys, live=live)
+    return step.sums_under(scorer, params, part, needs, keys=keys, live=live)[0]
 
 
 def labelled():
@@ -71,7 +71,7 @@ def placed(params, *sizes):
 @functools.cache
 def other_params():
     """A reference: the policy with some noise."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32), host_params())
 
 

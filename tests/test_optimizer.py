@@ -10,7 +10,7 @@ from daajax.errors import UserError
 from daajax.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 
 RATE = 0.1
-SHAPES = {"norm": (3,), "layers": {"q_proj": (2, 3), "input_layernorm": (2, 3)}}
+SHAPES = {"norm": (3,), "layers": {"q_proj": (2, 3), "pre_attention_norm": (2, 3)}}
 
 
 def drawn(seed):

@@ -10,7 +10,7 @@ import pytest
 from daajax import sharding
 from daajax.data.batches import Batches
 from daajax.models import decoder
-from daajax.models.families import Architecture, Rope
+from daajax.models.architecture import Architecture, Norm
 from daajax.scoring import Scorer, response_sums
 from tests.data.test_batches import planned, random_examples, tokenized_data
 
@@ -23,11 +23,10 @@ ARCHITECTURE = Architecture(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=4,
-    rms_norm_eps=1e-5,
     max_position_embeddings=128,
     tie_word_embeddings=False,
     initializer_range=0.02,
-    rope=Rope(),
+    norm=Norm(1e-5),
 )
 BATCH_SIZE = 16
 
@@ -92,12 +91,12 @@ def distributions(params, tokens):
     a = ARCHITECTURE
 
     def norm(x, scale):
-        return x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + a.rms_norm_eps) * scale[None]
+        return x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + a.norm.eps) * scale[None]
 
     def turn(x):
         # Complex numbers: features i and i + head_dim / 2 are real and imaginary part, turned by position · θ^(-2i/d).
         half = a.head_dim // 2
-        speed = a.rope.rope_theta ** (-2 * np.arange(half) / a.head_dim)
+        speed = a.kinds[0].rope.rope_theta ** (-2 * np.arange(half) / a.head_dim)
         turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.arange(len(x))[:, None] * speed)[:, None]
         return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
@@ -107,7 +106,7 @@ def distributions(params, tokens):
         x = params["embed_tokens"][tokens]
         for layer in range(a.num_hidden_layers):
             p = {name: value[layer] for name, value in params["layers"].items()}
-            h = norm(x, p["input_layernorm"])
+            h = norm(x, p["pre_attention_norm"])
             q, k, v = (jnp.reshape(h @ p[f"{n}_proj"], (length, -1, a.head_dim)) for n in "qkv")
             q, k = turn(q), turn(k)
             heads = []
@@ -116,7 +115,7 @@ def distributions(params, tokens):
                 scores = q[:, head] @ k[:, group].T / np.sqrt(a.head_dim)
                 heads.append(jax.nn.softmax(jnp.where(later, -jnp.inf, scores), axis=-1) @ v[:, group])
             x = x + jnp.concatenate(heads, axis=-1) @ p["o_proj"]
-            h = norm(x, p["post_attention_layernorm"])
+            h = norm(x, p["pre_mlp_norm"])
             gate = h @ p["gate_proj"]
             x = x + (gate / (1 + jnp.exp(-gate)) * (h @ p["up_proj"])) @ p["down_proj"]
         logits = norm(x, params["norm"]) @ params["lm_head"].T
@@ -255,7 +254,7 @@ def test_the_projection_sees_only_states_that_predict_a_scored_token(monkeypatch
     sources = jnp.array([[1, 4, 0], [5, 0, 0]], jnp.int32)
     owners = jnp.array([[0, 1, -1], [1, -1, -1]], jnp.int32)
     targets = jnp.array([[7, 8, 0], [9, 0, 0]], jnp.int32)
-    scoring._head_statistics(hidden, jnp.zeros((3, 1)), sources, targets, owners, names=("logps",))
+    scoring._head_statistics(hidden, jnp.zeros((3, 1)), sources, targets, owners, names=("logps",), softcap=None)
     ((states, in_turn, count),) = seen
     # Slot by slot through the rows, so that the count ends behind the last real one of any row.
     assert int(count) == 3

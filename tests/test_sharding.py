@@ -17,8 +17,8 @@ PARAMETERS = {
     "embed_tokens": P("tensor", "fsdp"),
     "lm_head": P("tensor", "fsdp"),
     "norm": P(None),
-    "layers/input_layernorm": P(None, None),
-    "layers/post_attention_layernorm": P(None, None),
+    "layers/pre_attention_norm": P(None, None),
+    "layers/pre_mlp_norm": P(None, None),
     "layers/q_proj": P(None, "fsdp", "tensor"),
     "layers/k_proj": P(None, "fsdp", "tensor"),
     "layers/v_proj": P(None, "fsdp", "tensor"),
@@ -84,10 +84,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_in_one_line(sizes, mess
 
 @pytest.mark.parametrize("use", [sharding.spec, lambda axes: sharding.constrain(mesh_of(), axes)])
 def test_a_logical_axis_that_is_not_in_the_table_is_refused(use):
-    with pytest.raises(
-        ValueError, match=r"logical axes \['experts'\] are not in the sharding table; it has \['embed',"
-    ):
-        use(("rows", None, "experts"))
+    with pytest.raises(ValueError, match=r"logical axes \['towers'\] are not in the sharding table; it has \['embed',"):
+        use(("rows", None, "towers"))
 
 
 def test_logical_axes_map_to_mesh_axes_and_none_is_never_cut():

@@ -6,21 +6,38 @@ returns what a key-value cache keeps. Nothing here knows where arrays live: `att
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from daajax.models.families import Architecture, Rope
+from daajax.models import rope
+from daajax.models.architecture import Architecture, Norm
+from daajax.models.rope import Rotation
+from daajax.ops import experts
 
 Attend = Callable[[Array, Array, Array, Any], Array]  # queries, keys, values, what each may see -> output
+Mix = Callable[..., Array]  # as `daajax.ops.experts.mix` without `ids`
 Params = dict[str, Any]
 Memory = tuple[Array, Array]  # rotated keys, values: of a layer, or of all of them with their axis in front
+
+
+class Routing(NamedTuple):
+    """How a router sent tokens to experts, each token weighed.
+
+    Attributes:
+        probabilities: Sum of what the router gave each expert.
+        chosen: Tokens that each expert got.
+    """
+
+    probabilities: Float[Array, "*layers experts"]
+    chosen: Float[Array, "*layers experts"]
+
 
 REMAT = {  # what the backward pass keeps of a layer
     "none": None,  # everything: fastest
@@ -31,40 +48,76 @@ REMAT = {  # what the backward pass keeps of a layer
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter of the decoder: shape, logical axes, and whether it starts at 1, as a norm's scale does, or drawn."""
+    """A parameter of the decoder: shape, logical axes, and where it starts: at one number, or drawn."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    ones: bool = False
+    start: float | None = None
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # names as in transformers
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv 2109.08668
+}
 
 
 def layer_parameters(architecture: Architecture) -> dict[str, Parameter]:
     """Parameters of one layer, by name."""
     a = architecture
     heads, kv_heads = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    return {
-        "input_layernorm": Parameter((a.hidden_size,), ("norm",), ones=True),
+    mlp, stack, stacked = "mlp", (), ()
+    if a.experts is not None:
+        mlp, stack, stacked = "expert_mlp", (a.experts.num_experts,), ("experts",)
+    matrices = {
         "q_proj": Parameter((a.hidden_size, heads), ("embed", "heads")),
         "k_proj": Parameter((a.hidden_size, kv_heads), ("embed", "kv_heads")),
         "v_proj": Parameter((a.hidden_size, kv_heads), ("embed", "kv_heads")),
         "o_proj": Parameter((heads, a.hidden_size), ("heads", "embed")),
-        "post_attention_layernorm": Parameter((a.hidden_size,), ("norm",), ones=True),
-        "gate_proj": Parameter((a.hidden_size, a.intermediate_size), ("embed", "mlp")),
-        "up_proj": Parameter((a.hidden_size, a.intermediate_size), ("embed", "mlp")),
-        "down_proj": Parameter((a.intermediate_size, a.hidden_size), ("mlp", "embed")),
+        "gate_proj": Parameter((*stack, a.hidden_size, a.intermediate_size), (*stacked, "embed", mlp)),
+        "up_proj": Parameter((*stack, a.hidden_size, a.intermediate_size), (*stacked, "embed", mlp)),
+        "down_proj": Parameter((*stack, a.intermediate_size, a.hidden_size), (*stacked, mlp, "embed")),
     }
+    if not a.gated:
+        del matrices["gate_proj"]
+    found: dict[str, Parameter] = {}
+    for name in a.norms:
+        found |= _norm_parameters(name, a)
+    for name, matrix in matrices.items():
+        found[name] = matrix
+        if name in a.biases:
+            axis = "norm" if matrix.axes[-1] == "embed" else matrix.axes[-1]
+            found[f"{name}_bias"] = Parameter(matrix.shape[-1:], (axis,), start=0.0)
+    if a.qk_norm is not None:
+        start = 0.0 if a.norm.unit_offset else 1.0
+        for name, axis, width in (("q_norm", "heads", heads), ("k_norm", "kv_heads", kv_heads)):
+            each = a.qk_norm == "head"
+            found[name] = Parameter((a.head_dim if each else width,), ("head_dim" if each else axis,), start)
+    if a.experts is not None:
+        found["router"] = Parameter((a.hidden_size, a.experts.num_experts), ("embed", "router"))
+    return found
 
 
 def outer_parameters(architecture: Architecture) -> dict[str, Parameter]:
     """Parameters outside the layers, by name."""
     a = architecture
-    outer = {
-        "embed_tokens": Parameter((a.vocab_size, a.hidden_size), ("vocab", "embed")),
-        "norm": Parameter((a.hidden_size,), ("norm",), ones=True),
-    }
+    outer = {"embed_tokens": Parameter((a.vocab_size, a.hidden_size), ("vocab", "embed"))}
+    if a.learned_positions:
+        outer["position_embeddings"] = Parameter((a.max_position_embeddings, a.hidden_size), ("positions", "embed"))
+    outer |= _norm_parameters("norm", a)
     if not a.tie_word_embeddings:
         outer["lm_head"] = Parameter((a.vocab_size, a.hidden_size), ("vocab", "embed"))
     return outer
+
+
+def _norm_parameters(name: str, architecture: Architecture) -> dict[str, Parameter]:
+    shape, norm = (architecture.hidden_size,), architecture.norm
+    found = {name: Parameter(shape, ("norm",), start=0.0 if norm.unit_offset else 1.0)}
+    return found | ({f"{name}_bias": Parameter(shape, ("norm",), start=0.0)} if norm.bias else {})
 
 
 def parameter_count(architecture: Architecture) -> int:
@@ -76,78 +129,128 @@ def parameter_count(architecture: Architecture) -> int:
     return architecture.num_hidden_layers * layer + outer
 
 
-def rms_norm(x: Float[Array, "*axes embed"], scale: Float[Array, " embed"], eps: float) -> Float[Array, "*axes embed"]:
-    """Root-mean-square normalization, computed in float32 (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+def normalize(params: Params, name: str, x: Float[Array, "*axes width"], norm: Norm) -> Float[Array, "*axes width"]:
+    """Root-mean-square normalization or LayerNorm over the last axis, computed in float32.
+
+    References:
+        Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467; Ba et al. 2016, https://arxiv.org/abs/1607.06450
+    """
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * jnp.expand_dims(scale, range(x.ndim - 1))
+    if norm.centered:
+        y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + norm.eps)
+    scale = params[name].astype(jnp.float32)
+    y = y * jnp.expand_dims(scale + 1 if norm.unit_offset else scale, range(x.ndim - 1))
+    if f"{name}_bias" in params:
+        y = y + jnp.expand_dims(params[f"{name}_bias"].astype(jnp.float32), range(x.ndim - 1))
+    return y.astype(x.dtype)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
-    """Radians per position of each pair of features; `llama3` is Llama 3.1's rule, which stretches the slow ones."""
-    frequencies = rope.rope_theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.rope_type == "llama3":
-        turns = rope.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context
-        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth = np.clip(smooth, 0, 1)
-        frequencies = frequencies * (smooth + (1 - smooth) / rope.factor)
-    return frequencies.astype(np.float32)
-
-
-def rope_angles(architecture: Architecture, positions: Int[Array, "rows length"]) -> Float[Array, "rows length half"]:
-    """Radians by which each token's pairs of features are turned."""
-    frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
-    return positions[:, :, None] * frequencies[None, None, :]
-
-
-def rotate(
-    x: Float[Array, "rows length heads head_dim"], angles: Float[Array, "rows length half"]
-) -> Float[Array, "rows length heads head_dim"]:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864); the features of a pair lie half a head apart."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def project(x: Float[Array, "*axes inputs"], weight: Float[Array, "inputs outputs"]) -> Float[Array, "*axes outputs"]:
+def project(params: Params, name: str, x: Float[Array, "*axes inputs"]) -> Float[Array, "*axes outputs"]:
     """A linear layer as one two-dimensional product, in the dtype of x; float32 is not rounded to a shorter format."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    weight, precision = params[name], _precision(x.dtype)
     flat = jnp.dot(x.reshape(-1, x.shape[-1]), weight, precision=precision)
+    if f"{name}_bias" in params:
+        flat = flat + params[f"{name}_bias"][None]
     return flat.reshape(*x.shape[:-1], weight.shape[-1])
 
 
+def _precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
 def attention_block(
-    params: Params, x, angles, seen, architecture: Architecture, attend: Attend
+    params: Params, x, rotation: Rotation | None, seen, architecture: Architecture, attend: Attend
 ) -> tuple[Float[Array, "rows length embed"], Memory]:
     """Grouped-query self-attention, and the keys and values that it made.
 
     x is [rows, length, embed], `seen` is what `attend` needs to know of the rows.
     """
-    rows, length, _ = x.shape
-    q, k, v = (
-        project(x, params[name]).reshape(rows, length, -1, architecture.head_dim)
-        for name in ("q_proj", "k_proj", "v_proj")
-    )
-    k = rotate(k, angles)
-    output = attend(rotate(q, angles), k, v, seen)
-    return project(output.reshape(rows, length, -1), params["o_proj"]), (k, v)
+    a, (rows, length, _) = architecture, x.shape
+
+    def heads(name: str, norm: str) -> Float[Array, "rows length heads head_dim"]:
+        y = project(params, name, x)
+        if a.qk_norm == "projection" and norm:
+            y = normalize(params, norm, y, a.norm)
+        y = y.reshape(rows, length, -1, a.head_dim)
+        return normalize(params, norm, y, a.norm) if a.qk_norm == "head" and norm else y
+
+    q, k, v = heads("q_proj", "q_norm"), heads("k_proj", "k_norm"), heads("v_proj", "")
+    if rotation is not None:
+        q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
+    output = attend(q, k, v, seen)
+    return project(params, "o_proj", output.reshape(rows, length, -1)), (k, v)
 
 
-def mlp_block(params: Params, x: Float[Array, "rows length embed"]) -> Float[Array, "rows length embed"]:
-    """Gated feed-forward block (Shazeer 2020, arXiv 2002.05202)."""
-    return project(jax.nn.silu(project(x, params["gate_proj"])) * project(x, params["up_proj"]), params["down_proj"])
+def mlp_block(
+    params: Params, x: Float[Array, "rows length embed"], architecture: Architecture
+) -> Float[Array, "rows length embed"]:
+    """Feed-forward block, with a gate (Shazeer 2020, arXiv 2002.05202) or without."""
+    act = ACTIVATIONS[architecture.hidden_act]
+    up = project(params, "up_proj", x)
+    inner = act(project(params, "gate_proj", x)) * up if architecture.gated else act(up)
+    return project(params, "down_proj", inner)
+
+
+def experts_block(
+    params: Params,
+    x: Float[Array, "rows length embed"],
+    weighed: Float[Array, "rows length"] | None,
+    architecture: Architecture,
+    mix: Mix,
+) -> tuple[Float[Array, "rows length embed"], Routing | None]:
+    """Mixture of experts: each token goes to the few that its router finds most probable, none is dropped.
+
+    `weighed` is what each token counts in how the router sent them; None: nobody asks.
+
+    References:
+        Jiang et al. 2024, https://arxiv.org/abs/2401.04088
+    """
+    experts: Any = architecture.experts
+    logits = project(params, "router", x).astype(jnp.float32)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    weights, chosen = jax.lax.top_k(probabilities, experts.num_experts_per_tok)
+    if experts.norm_topk_prob:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    projections = (params[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    output = mix(x, chosen, weights, *projections, ACTIVATIONS[architecture.hidden_act]).astype(x.dtype)
+    if weighed is None:
+        return output, None
+    times = (chosen[..., None] == jnp.arange(experts.num_experts)[None, None, None]).sum(axis=2)
+    sums = ((values * weighed[:, :, None]).sum(axis=(0, 1)) for values in (probabilities, times))
+    return output, Routing(*sums)
 
 
 def decoder_layer(
-    params: Params, x, angles, seen, architecture: Architecture, attend: Attend
-) -> tuple[Float[Array, "rows length embed"], Memory]:
-    """One pre-norm transformer layer on the residual stream x, [rows, length, embed], and its keys and values."""
-    eps = architecture.rms_norm_eps
-    normed = rms_norm(x, params["input_layernorm"], eps)
-    attended, memory = attention_block(params, normed, angles, seen, architecture, attend)
-    x = x + attended
-    return x + mlp_block(params, rms_norm(x, params["post_attention_layernorm"], eps)), memory
+    params: Params, x, rotation: Rotation | None, seen, weighed, architecture: Architecture, attend: Attend, mix: Mix
+) -> tuple[Float[Array, "rows length embed"], tuple[Memory, Routing | None]]:
+    """One transformer layer on the residual stream x, [rows, length, embed]; its keys and values; how it routed.
+
+    Arguments are those of its blocks.
+    """
+    a = architecture
+
+    def norm(name: str, y: Array) -> Array:
+        return normalize(params, name, y, a.norm) if name in a.norms else y
+
+    attended, memory = attention_block(params, norm("pre_attention_norm", x), rotation, seen, a, attend)
+    attended = norm("post_attention_norm", attended)
+    middle = x + attended
+    inner, routing = norm("pre_mlp_norm", x if a.parallel else middle), None
+    if a.experts is None:
+        inner = mlp_block(params, inner, a)
+    else:
+        inner, routing = experts_block(params, inner, weighed, a, mix)
+    return middle + norm("post_mlp_norm", inner), (memory, routing)
+
+
+def of_kind(values: Any, kind: Int[Array, ""] | None) -> Any:
+    """What a layer of this kind reads of values whose leading axis is that of kinds; None: there is no such axis."""
+    return (
+        values
+        if kind is None
+        else jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, kind, keepdims=False), values)
+    )
 
 
 class _Layer(nn.Module):
@@ -155,16 +258,18 @@ class _Layer(nn.Module):
 
     architecture: Architecture
     attend: Attend
+    mix: Mix
     constrain: Callable[[Array], Array]
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
 
     @nn.compact
-    def __call__(self, x, angles, seen):
-        parameters = layer_parameters(self.architecture)
+    def __call__(self, x, rotations, seen, weighed, kind):
+        a, parameters = self.architecture, layer_parameters(self.architecture)
         params = {name: _declare(self, name, parameter).astype(self.dtype) for name, parameter in parameters.items()}
-        x, _ = decoder_layer(params, x, angles, seen, self.architecture, self.attend)
-        return self.constrain(x), None
+        rotation, sight = of_kind(rotations, kind), of_kind(seen, kind)
+        x, (_, routing) = decoder_layer(params, x, rotation, sight, weighed, a, self.attend, self.mix)
+        return self.constrain(x), routing
 
 
 class Decoder(nn.Module):
@@ -173,6 +278,7 @@ class Decoder(nn.Module):
     Attributes:
         architecture: What to compute.
         attend: Attention over the rows, given what each query may see.
+        mix: Sends tokens through their experts; `daajax.ops.experts.mix` on one device.
         constrain: Says where the residual stream [rows, length, embed] lives; identity on one device.
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters; they are cast inside the scan over layers.
@@ -181,6 +287,7 @@ class Decoder(nn.Module):
 
     architecture: Architecture
     attend: Attend
+    mix: Mix = experts.mix
     constrain: Callable[[Array], Array] = lambda x: x
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -188,31 +295,64 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "rows length"], positions: Int[Array, "rows length"], seen: Any
-    ) -> Float[Array, "rows length embed"]:
-        """Hidden states after the last norm, in the compute dtype."""
-        outer = {n: _declare(self, n, p).astype(self.dtype) for n, p in outer_parameters(self.architecture).items()}
+        self,
+        tokens: Int[Array, "rows length"],
+        positions: Int[Array, "rows length"],
+        seen: Any,
+        weighed: Float[Array, "rows length"] | None = None,
+    ) -> tuple[Float[Array, "rows length embed"], Routing | None]:
+        """Hidden states after the last norm, in the compute dtype; how each layer's router sent the tokens.
+
+        Args:
+            tokens: Token ids.
+            positions: Rotary positions.
+            seen: What `attend` needs to know of the rows; where layers are of several kinds, an axis of kinds leads.
+            weighed: What each token counts in how routers sent them; None: nobody asks.
+        """
+        a = self.architecture
+        outer = {n: _declare(self, n, p).astype(self.dtype) for n, p in outer_parameters(a).items()}
         layer = _Layer if self.remat == "none" else nn.remat(_Layer, policy=REMAT[self.remat], prevent_cse=False)
+        kinds = _kinds(a)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - its own annotation forgets it
-            length=self.architecture.num_hidden_layers,
+            in_axes=(*[nn.broadcast] * 3, nn.broadcast if kinds is None else 0),  # pyright: ignore[reportArgumentType] - its own annotation forgets it
+            length=a.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x = self.constrain(outer["embed_tokens"][tokens])
-        angles = rope_angles(self.architecture, positions)
-        stack = layers(self.architecture, self.attend, self.constrain, self.dtype, self.param_dtype, name="layers")
-        x, _ = stack(x, angles, seen)
-        return rms_norm(x, outer["norm"], self.architecture.rms_norm_eps)
+        x = self.constrain(embed(outer, tokens, positions, a, self.dtype))
+        rotations = rope.rotations(a.kinds, a.head_dim, positions)
+        stack = layers(a, self.attend, self.mix, self.constrain, self.dtype, self.param_dtype, name="layers")
+        x, routing = stack(x, rotations, seen, weighed, kinds)
+        return normalize(outer, "norm", x, a.norm), routing
+
+
+def _kinds(architecture: Architecture) -> Int[Array, " layers"] | None:
+    """The kind of each layer; None where all are of one."""
+    return jnp.asarray(architecture.kind_of, jnp.int32) if architecture.kind_of else None
 
 
 def _declare(module: nn.Module, name: str, parameter: Parameter) -> Array:
+    start = parameter.start
     normal = nn.initializers.normal(module.architecture.initializer_range)
-    init = nn.initializers.ones if parameter.ones else normal
+    init = normal if start is None else nn.initializers.constant(start)
     value: Any = module.param(name, nn.with_partitioning(init, parameter.axes), parameter.shape, module.param_dtype)
     return value
+
+
+def embed(
+    params: Params,
+    tokens: Int[Array, "rows length"],
+    positions: Int[Array, "rows length"],
+    architecture: Architecture,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "rows length embed"]:
+    """Where the residual stream begins, in the compute dtype."""
+    x = params["embed_tokens"][tokens].astype(dtype)
+    if architecture.embedding_scale != 1:
+        x = x * jnp.asarray(architecture.embedding_scale, dtype)
+    return x + params["position_embeddings"][positions].astype(dtype) if architecture.learned_positions else x
 
 
 def decode(
@@ -230,25 +370,26 @@ def decode(
         params: Its parameters.
         tokens: Token ids.
         positions: Rotary positions.
-        seen: What `model.attend` needs to know of the rows.
+        seen: What `model.attend` needs to know of the rows, as in `Decoder.__call__`.
         memory: Keys and values of earlier tokens, [layers, …]; each layer's `attend` is then given (seen, its memory).
 
     Returns:
         Hidden states after the last norm, in the compute dtype; keys and values, [layers, rows, length, …].
     """
-    architecture, dtype = model.architecture, model.dtype
-    angles = rope_angles(architecture, positions)
+    a, dtype = model.architecture, model.dtype
+    rotations = rope.rotations(a.kinds, a.head_dim, positions)
 
-    def layer(x: Array, operands: tuple[Params, Memory | None]) -> tuple[Array, Memory]:
-        stored, earlier = operands
+    def layer(x: Array, operands: tuple[Params, Memory | None, Array | None]) -> tuple[Array, Memory]:
+        stored, earlier, kind = operands
         weights = {name: value.astype(dtype) for name, value in stored.items()}
-        what = seen if earlier is None else (seen, earlier)
-        x, made = decoder_layer(weights, x, angles, what, architecture, model.attend)
+        sight = of_kind(seen, kind)
+        what = sight if earlier is None else (sight, earlier)
+        x, (made, _) = decoder_layer(weights, x, of_kind(rotations, kind), what, None, a, model.attend, model.mix)
         return model.constrain(x), made
 
-    x = model.constrain(params["embed_tokens"][tokens].astype(dtype))
-    x, made = jax.lax.scan(layer, x, (params["layers"], memory))
-    return rms_norm(x, params["norm"].astype(dtype), architecture.rms_norm_eps), made
+    x = model.constrain(embed(params, tokens, positions, a, dtype))
+    x, made = jax.lax.scan(layer, x, (params["layers"], memory, _kinds(a)))
+    return normalize(params, "norm", x, a.norm), made
 
 
 def projection(params: Params, architecture: Architecture) -> Float[Array, "vocab embed"]:
@@ -264,13 +405,18 @@ def abstract_params(model: Decoder) -> tuple[Params, Params]:
 
 def init_params(model: Decoder, key: Array, *, unbox: bool = True) -> Params:
     """Fresh parameters; which numbers is a function of the key and the architecture."""
-    # Attention is not part of the parameters: a stand-in lets one token initialize any model.
-    model = model.clone(attend=lambda queries, keys, values, seen: queries, constrain=lambda x: x)
+    # Attention and experts are not part of the parameters: stand-ins let one token initialize any model.
+    model = model.clone(
+        attend=lambda queries, keys, values, seen: queries,
+        mix=lambda x, *rest: x,
+        constrain=lambda x: x,
+    )
     one = jnp.zeros((1, 1), jnp.int32)
     params: Any = model.init(key, one, one, None)["params"]
     return nn.unbox(params) if unbox else params
 
 
 def is_decayed(path: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices, not to the scales of norms."""
-    return not path.rsplit("/", 1)[-1].endswith("norm")
+    """Whether weight decay applies to a parameter: to matrices, not to the scales of norms and to biases."""
+    name = path.rsplit("/", 1)[-1]
+    return not name.endswith(("norm", "_bias"))

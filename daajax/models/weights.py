@@ -4,14 +4,16 @@ Each device's part of a parameter is read from the files on its own, so that no 
 whole. Only safetensors are opened.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 import shutil
+import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util as traverse
 import jax
@@ -23,7 +25,10 @@ import safetensors.numpy
 from daajax.console import say
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
-from daajax.models.families import FAMILIES, Architecture, Tensor
+from daajax.models import decoder
+from daajax.models.architecture import Architecture
+from daajax.models.families import FAMILIES
+from daajax.models.storage import Tensor
 
 Params = dict[str, Any]
 Flat = dict[str, Any]  # the leaves of Params by path
@@ -129,13 +134,13 @@ def load(path: str, architecture: Architecture, shapes: Params, shardings: Param
         UserError: If tensors are missing, extra, of another shape, not floats, or differ from what they are tied to.
     """
     check(path, architecture, shapes)
-    stored = _stored(architecture)
     with Directory(path) as directory:
+        stored = _stored(architecture, directory)
         _check_copies(path, directory, architecture)
         flat_shapes, flat_shardings = _flat(shapes), _flat(shardings)
         params = {}
         for name, shape in flat_shapes.items():
-            read = _reader(directory, stored[name], shape.dtype)
+            read = _reader(directory, stored[name], shape)
             params[name] = jax.make_array_from_callback(shape.shape, flat_shardings[name], read)
         jax.block_until_ready(params)
     return traverse.unflatten_dict(params, sep="/")
@@ -152,28 +157,90 @@ def check(path: str, architecture: Architecture, shapes: Params) -> None:
     Raises:
         UserError: If tensors are missing, extra, of another shape or not floats.
     """
-    stored = _stored(architecture)
     with Directory(path) as directory:
+        stored, whole = _stored(architecture, directory), _shapes(architecture, shapes)
         _check_names(path, directory, architecture, _names(stored))
-        for name, shape in _flat(shapes).items():
-            _check_shapes(path, directory, stored[name], shape.shape)
+        for name, parameter in stored.items():
+            for tensor in parameter.tensors:
+                _check_shape(path, directory, tensor.name, whole[name])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """The tensors that make up one parameter: one, or a stack of one a layer."""
+    """The tensors that make up one parameter: one, a stack of one a layer, or a stack of stacks of one an expert.
 
-    tensors: list[Tensor]
-    stacked: bool
+    Attributes:
+        tensors: All of them, stacks one after another.
+        stacks: The parameter's leading axes, over which they are spread.
+        pattern: Name of them all, with places for layer and expert.
+    """
+
+    tensors: tuple[Tensor, ...]
+    stacks: tuple[int, ...]
+    pattern: str
 
 
-def _stored(architecture: Architecture) -> dict[str, _Stored]:
+def _stored(architecture: Architecture, directory: "Directory | None" = None) -> dict[str, _Stored]:
+    """How each parameter is stored: in that directory, or in one that we write."""
     stored = {}
+    experts = architecture.experts.num_experts if architecture.experts is not None else 1
     for name, tensor in FAMILIES[architecture.model_type].tensors(architecture).items():
-        stacked = "{layer}" in tensor.name
-        layers = range(architecture.num_hidden_layers if stacked else 1)
-        stored[name] = _Stored([Tensor(tensor.name.format(layer=n), tensor.transposed) for n in layers], stacked)
+        axes = (("{layer}", architecture.num_hidden_layers), ("{expert}", experts))
+        stacks, tensors = tuple(size for place, size in axes if place in tensor.name), []
+        for index in np.ndindex(stacks):
+            own = tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+            tensors.append(dataclasses.replace(tensor, name=_in(directory, architecture, own) or own))
+        stored[name] = _Stored(tuple(tensors), stacks, tensor.name)
     return stored
+
+
+def _in(directory: "Directory | None", architecture: Architecture, name: str) -> str | None:
+    """What a tensor is called in a directory, which may leave out the family's prefix; None if it is not there."""
+    if directory is None:
+        return name
+    short = name.removeprefix(FAMILIES[architecture.model_type].prefix)
+    return next((known for known in (name, short) if known in directory.file_of), None)
+
+
+def _shapes(architecture: Architecture, shapes: Params) -> dict[str, tuple[int, ...]]:
+    """Shape of the tensors that each parameter is stored in; parts of a tensor lie beside one another."""
+    flat, stored = _flat(shapes), _stored(architecture)
+    outputs = collections.Counter()
+    for name, parameter in stored.items():
+        outputs[parameter.pattern] += flat[name].shape[-1]
+    whole = {}
+    for name, parameter in stored.items():
+        tensor, shape = parameter.tensors[0], flat[name].shape[len(parameter.stacks) :]
+        if tensor.columns is not None:
+            shape = (*shape[:-1], outputs[parameter.pattern])
+        whole[name] = tuple(reversed(shape)) if tensor.transposed else shape
+    return whole
+
+
+class Stored(NamedTuple):
+    """A tensor of a model directory that we write.
+
+    Attributes:
+        name: What it is called.
+        shape: Its shape.
+        parameter: Path of the parameter that it is, or has a part of.
+        transposed: Whether its axes are the parameter's in reverse.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    transposed: bool
+
+
+def layout(architecture: Architecture) -> list[Stored]:
+    """The tensors of a model directory, each once."""
+    shapes, _ = decoder.abstract_params(decoder.Decoder(architecture, attend=lambda queries, *_: queries))
+    whole, found = _shapes(architecture, shapes), {}
+    for path, stored in _stored(architecture).items():
+        for tensor in stored.tensors:
+            found.setdefault(tensor.name, Stored(tensor.name, whole[path], path, tensor.transposed))
+    return list(found.values())
 
 
 def _flat(tree: Params) -> Flat:
@@ -188,7 +255,7 @@ def _check_names(path: str, directory: Directory, architecture: Architecture, ne
     family = FAMILIES[architecture.model_type]
     missing = sorted(needed - set(directory.file_of))
     spare = set(directory.file_of) - needed - set(family.copies(architecture))
-    extra = sorted(name for name in spare if not family.ignored(name))
+    extra = sorted(name for name in spare if not name.endswith(family.ignored))
     for names, problem in ((missing, "lacks"), (extra, "has unexpected")):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -202,7 +269,7 @@ def _check_copies(path: str, directory: Directory, architecture: Architecture) -
     for name, original in FAMILIES[architecture.model_type].copies(architecture).items():
         if name not in directory.file_of:
             continue
-        copy, kept = directory.slice(name), directory.slice(original)
+        copy, kept = directory.slice(name), directory.slice(_in(directory, architecture, original) or original)
         rows = copy.get_shape()[0]
         blocks = (slice(row, min(row + _ROWS, rows)) for row in range(0, rows, _ROWS))
         if copy.get_shape() != kept.get_shape() or any((copy[block] != kept[block]).any() for block in blocks):
@@ -212,34 +279,33 @@ def _check_copies(path: str, directory: Directory, architecture: Architecture) -
             )
 
 
-def _check_shapes(path: str, directory: Directory, stored: _Stored, shape: tuple[int, ...]) -> None:
-    each = shape[1:] if stored.stacked else shape
-    for tensor in stored.tensors:
-        found = directory.slice(tensor.name)
-        wanted = tuple(reversed(each)) if tensor.transposed else each
-        if tuple(found.get_shape()) != wanted:
-            raise UserError(
-                f"{path}: tensor {tensor.name} has shape {tuple(found.get_shape())}, config.json asks for {wanted}."
-            )
-        if found.get_dtype() not in _FLOATS:
-            raise UserError(f"{path}: tensor {tensor.name} is {found.get_dtype()}; {', '.join(_FLOATS)} are read.")
+def _check_shape(path: str, directory: Directory, name: str, wanted: tuple[int, ...]) -> None:
+    found = directory.slice(name)
+    if tuple(found.get_shape()) != wanted:
+        raise UserError(f"{path}: tensor {name} has shape {tuple(found.get_shape())}, config.json asks for {wanted}.")
+    if found.get_dtype() not in _FLOATS:
+        raise UserError(f"{path}: tensor {name} is {found.get_dtype()}; {', '.join(_FLOATS)} are read.")
 
 
-def _reader(directory: Directory, stored: _Stored, dtype: Any) -> Callable[[Any], np.ndarray]:
+def _reader(directory: Directory, stored: _Stored, parameter: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
     """What reads the part of a parameter that an index asks for, once for all devices that hold it."""
     parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
+    leading, numbers = len(stored.stacks), np.arange(len(stored.tensors)).reshape(stored.stacks)
 
     def one(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        picked = slice(None)
+        if tensor.columns is not None:
+            outputs = tensor.columns.of(np.arange(parameter.shape[-1])[index[-1]])
+            index, picked = (*index[:-1], slice(int(outputs[0]), int(outputs[-1]) + 1)), outputs - outputs[0]
         part = directory.slice(tensor.name)[tuple(reversed(index)) if tensor.transposed else index]
-        return (part.T if tensor.transposed else part).astype(dtype)
+        return (part.T if tensor.transposed else part)[..., picked].astype(parameter.dtype)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)  # a slice itself is no key before Python 3.12
         if key not in parts:
-            if stored.stacked:
-                parts[key] = np.stack([one(tensor, index[1:]) for tensor in stored.tensors[index[0]]])
-            else:
-                parts[key] = one(stored.tensors[0], index)
+            chosen = numbers[index[:leading]]
+            read = [one(stored.tensors[number], index[leading:]) for number in chosen.flat]
+            parts[key] = np.stack(read).reshape(*chosen.shape, *read[0].shape)
         return parts[key]
 
     return read
@@ -274,7 +340,7 @@ def _save(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_tensors(partial, _tensors(params, architecture, _dtypes(model_path, architecture)))
+    _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
     for source, patterns in ((model_path, _COMPANIONS), (tokenizer_path, TOKENIZER_FILES)):
         for file in (file for pattern in patterns for file in pathlib.Path(source).glob(pattern) if file.is_file()):
             copy = partial / file.relative_to(source)
@@ -293,16 +359,34 @@ def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:
     if not any((pathlib.Path(model_path) / name).is_file() for name in (_SINGLE, _INDEX)):
         return {}
     with Directory(model_path) as directory:
-        names = _names(_stored(architecture)) & set(directory.file_of)
-        return {name: _FLOATS[directory.slice(name).get_dtype()] for name in names}
+        names = ((name, _in(directory, architecture, name)) for name in _names(_stored(architecture)))
+        return {ours: _FLOATS[directory.slice(theirs).get_dtype()] for ours, theirs in names if theirs is not None}
 
 
-def _tensors(params: Params, architecture: Architecture, dtypes: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a directory, one at a time, on the host."""
-    flat = _flat(params)
+def tensors(
+    params: Params, architecture: Architecture, dtypes: Mapping[str, Any] = types.MappingProxyType({})
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a model directory, one at a time, on the host.
+
+    Args:
+        params: The parameters, or anything of their shapes.
+        architecture: What they are of.
+        dtypes: Of each tensor; one that is not there keeps its own, as does one that its dtype cannot hold.
+    """
+    flat, whole = _flat(params), _shapes(architecture, params)
+    parts: dict[str, list[tuple[str, _Stored]]] = {}  # parameters that share tensors
     for name, stored in _stored(architecture).items():
-        for layer, tensor in enumerate(stored.tensors):
-            value = np.asarray(flat[name][layer] if stored.stacked else flat[name])
+        parts.setdefault(stored.pattern, []).append((name, stored))
+    for shared in parts.values():
+        for number, index in enumerate(np.ndindex(shared[0][1].stacks)):
+            values = [(stored.tensors[number], np.asarray(flat[name][index])) for name, stored in shared]
+            tensor, value = values[0]
+            if tensor.columns is not None:
+                shape = whole[shared[0][0]]
+                value = np.empty(tuple(reversed(shape)) if tensor.transposed else shape, value.dtype)
+                for part, outputs in values:
+                    if part.columns is not None:
+                        value[..., part.columns.of(np.arange(outputs.shape[-1]))] = outputs
             value = np.ascontiguousarray(value.T if tensor.transposed else value)
             dtype = np.dtype(dtypes.get(tensor.name, value.dtype))
             if np.abs(value).max(initial=0) > float(jnp.finfo(dtype).max):

@@ -60,18 +60,35 @@ def dense(
     keys: Float[Array, "rows keys kv_heads head_dim"],
     values: Float[Array, "rows keys kv_heads head_dim"],
     mask: Bool[Array, "rows length keys"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Grouped-query attention through a mask; the oracle. Costs and holds heads × length × keys scores."""
+    """Grouped-query attention through a mask; the oracle. Costs and holds heads × length × keys scores.
+
+    Args:
+        queries: Of every head.
+        keys: Each key-value head serves as many query heads.
+        values: Likewise.
+        mask: What each query sees.
+        scale: Multiplies the scores; None: 1 / √head_dim.
+        softcap: Scores s become c·tanh(s/c); None: they stay.
+    """
     rows, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     grouped = queries.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
     precision = _precision(queries.dtype)
     scores = jnp.einsum("rqngd,rknd->rngqk", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
     mask = mask[:, None, None]
-    scores = jnp.where(mask, scores * head_dim**-0.5, _MASKED)
+    scores = _capped(scores * (head_dim**-0.5 if scale is None else scale), softcap)
+    scores = jnp.where(mask, scores, _MASKED)
     weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0).astype(values.dtype)
     output = jnp.einsum("rngqk,rknd->rqngd", weights, values, precision=precision, preferred_element_type=jnp.float32)
     return output.reshape(queries.shape).astype(queries.dtype)
+
+
+def _capped(scores: Array, softcap: float | None) -> Array:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def key_layout(
@@ -157,12 +174,16 @@ def blockwise(
     keys: Float[Array, "rows length kv_heads head_dim"],
     values: Float[Array, "rows length kv_heads head_dim"],
     layout: KeyLayout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "rows length heads head_dim"]:
     """Grouped-query attention that visits only the keys a block of queries can see; plain XLA, any platform.
 
     A block of queries walks over its visible range of gathered keys, a block at a time, with a running softmax.
     Neither the mask nor the scores of a row ever exist; the backward pass recomputes them from the saved log-sum-exp
     (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+    Arguments are those of `dense`, with the rule in gathered terms.
     """
     rows, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
@@ -174,12 +195,13 @@ def blockwise(
     first, last = jnp.where(seen, layout.first + shift, 0), jnp.where(seen, layout.last + shift, -1)
     first = jnp.pad(first, ((0, 0), (0, padding)))
     last = jnp.pad(last, ((0, 0), (0, padding)), constant_values=-1)
-    queries = jnp.pad(queries * head_dim**-0.5, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    queries = queries * (head_dim**-0.5 if scale is None else scale)
+    queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
     blocks = rows * (length + padding) // QUERY_BLOCK
     grouped = queries.reshape(blocks, QUERY_BLOCK, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(blocks, kv_heads, -1, head_dim)
     gathered = (_long_row(gather_keys(x, layout)) for x in (keys, values))
-    output = _walk(grouped, *gathered, first.reshape(blocks, -1), last.reshape(blocks, -1))
+    output: Array = _walk(grouped, *gathered, first.reshape(blocks, -1), last.reshape(blocks, -1), softcap)
     output = output.reshape(blocks, kv_heads, heads // kv_heads, QUERY_BLOCK, head_dim).transpose(0, 3, 1, 2, 4)
     return output.reshape(rows, length + padding, heads, head_dim)[:, :length]
 
@@ -190,25 +212,26 @@ def _long_row(x: Float[Array, "rows keys kv_heads head_dim"]) -> Float[Array, "k
     return jnp.pad(x, ((0, 0), (0, KEY_BLOCK), (0, 0)))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _walk(
     queries: Float[Array, "blocks kv_heads grouped_queries head_dim"],
     keys: Float[Array, "kv_heads all_keys head_dim"],
     values: Float[Array, "kv_heads all_keys head_dim"],
     first: Int[Array, "blocks query_block"],
     last: Int[Array, "blocks query_block"],
+    softcap: float | None,
 ) -> Float[Array, "blocks kv_heads grouped_queries head_dim"]:
-    return _walk_forward(queries, keys, values, first, last)[0]
+    return _walk_forward(queries, keys, values, first, last, softcap)[0]
 
 
-def _walk_forward(queries, keys, values, first, last):
+def _walk_forward(queries, keys, values, first, last, softcap):
     def block(_, operands):
         query, first, last = operands
 
         def visit(step, carry):
             top, total, output = carry
             at = begin + step * KEY_BLOCK
-            scores = _scores(query, _slice(keys, at), at, first, last)
+            scores, _ = _scores(query, _slice(keys, at), at, first, last, softcap)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             weights = jnp.exp(scores - new_top[..., None])
             keep = jnp.exp(top - new_top)
@@ -232,7 +255,7 @@ def _walk_forward(queries, keys, values, first, last):
     return output, (queries, keys, values, first, last, output, normalizer)
 
 
-def _walk_backward(residuals, cotangent):
+def _walk_backward(softcap, residuals, cotangent):
     queries, keys, values, first, last, output, normalizer = residuals
     dots = (cotangent.astype(jnp.float32) * output.astype(jnp.float32)).sum(axis=-1)
 
@@ -243,10 +266,11 @@ def _walk_backward(residuals, cotangent):
             d_query, d_keys, d_values = carry
             at = begin + step * KEY_BLOCK
             key, value = _slice(keys, at), _slice(values, at)
-            weights = jnp.exp(_scores(query, key, at, first, last) - normalizer[..., None])
+            scores, slope = _scores(query, key, at, first, last, softcap)
+            weights = jnp.exp(scores - normalizer[..., None])
             d_value = _matmul("nqk,nqd->nkd", weights.astype(value.dtype), cotangent)
             d_weights = _matmul("nqd,nkd->nqk", cotangent, value)
-            d_scores = (weights * (d_weights - dots[..., None])).astype(key.dtype)
+            d_scores = (weights * (d_weights - dots[..., None]) * slope).astype(key.dtype)
             d_query += _matmul("nqk,nkd->nqd", d_scores, key)
             d_key = _matmul("nqk,nqd->nkd", d_scores, query)
             return d_query, _add_slice(d_keys, d_key, at), _add_slice(d_values, d_value, at)
@@ -270,12 +294,14 @@ def _range(first: Int[Array, " query_block"], last: Int[Array, " query_block"]) 
     return begin, (last.max() - begin + KEY_BLOCK) // KEY_BLOCK  # 0 or fewer steps when all of it is padding
 
 
-def _scores(query, key, at, first, last) -> Float[Array, "kv_heads grouped_queries key_block"]:
-    scores = _matmul("nqd,nkd->nqk", query, key)
+def _scores(query, key, at, first, last, softcap) -> tuple[Array, Array | float]:
+    """Scores of a block, [kv_heads, grouped_queries, key_block], and their derivative by what they were uncapped."""
+    scores = _capped(_matmul("nqd,nkd->nqk", query, key), softcap)
+    slope = 1.0 if softcap is None else 1 - jnp.square(scores / softcap)
     index = at + jnp.arange(KEY_BLOCK, dtype=jnp.int32)
     mask = (first[:, None] <= index[None]) & (index[None] <= last[:, None])
     groups = query.shape[1] // len(first)
-    return jnp.where(jnp.tile(mask, (groups, 1))[None], scores, _MASKED)
+    return jnp.where(jnp.tile(mask, (groups, 1))[None], scores, _MASKED), slope
 
 
 def _slice(x, at):

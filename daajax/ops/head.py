@@ -22,6 +22,7 @@ class _Logits(NamedTuple):
 
     log_probs: Array
     targets: Int[Array, " chunk"]
+    slope: Array | None  # derivative of these logits with respect to the projection's, where they are capped
     reference: Array  # log-probs of the reference model; of no rows unless a statistic compares the two
 
 
@@ -68,10 +69,21 @@ STATISTICS: dict[str, tuple[Callable[[_Logits], Array], Callable[[_Logits, Array
 
 
 def log_probs(
-    hidden: Float[Array, "tokens embed"], weights: Float[Array, "vocab embed"]
+    hidden: Float[Array, "tokens embed"], weights: Float[Array, "vocab embed"], softcap: float | None = None
 ) -> Float[Array, "tokens vocab"]:
-    """Log-probs of every next token, nats, float32; both operands in the compute dtype."""
-    return jax.nn.log_softmax(_product(hidden, weights, ((1,), (1,))), axis=1)
+    """Log-probs of every next token, nats, float32; both operands in the compute dtype.
+
+    Args:
+        hidden: States that predict a token.
+        weights: The vocabulary projection.
+        softcap: Logits z become c·tanh(z/c); None: they stay.
+    """
+    return jax.nn.log_softmax(_logits(hidden, weights, softcap), axis=1)
+
+
+def _logits(hidden: Array, weights: Array, softcap: float | None) -> Array:
+    logits = _product(hidden, weights, ((1,), (1,)))
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def token_statistics(
@@ -83,6 +95,8 @@ def token_statistics(
     names: tuple[str, ...] = ("logps",),
     reference_hidden: Float[Array, "tokens reference_embed"] | None = None,
     reference_projection: Float[Array, "vocab reference_embed"] | None = None,
+    softcap: float | None = None,
+    reference_softcap: float | None = None,
     chunk: int = CHUNK,
 ) -> dict[str, Float[Array, " tokens"]]:
     """Named statistics of the distribution that each hidden state predicts, float32.
@@ -99,6 +113,8 @@ def token_statistics(
         names: Keys of `STATISTICS`.
         reference_hidden: States of the reference model at the same tokens; only with "kl".
         reference_projection: The reference model's projection; only with "kl".
+        softcap: Logits z become c·tanh(z/c); None: they stay.
+        reference_softcap: Likewise those of the reference.
         chunk: Tokens a chunk; a multiple of the device's tile, more than there are tokens is cut down.
 
     Raises:
@@ -119,21 +135,22 @@ def token_statistics(
     if reference_hidden is not None and reference_projection is not None:
         reference_weights = reference_projection.astype(reference_hidden.dtype)
         reference = jax.lax.stop_gradient((jnp.pad(reference_hidden, ((0, padding), (0, 0))), reference_weights))
-    values: Any = _statistics(hidden, projection, targets, jnp.minimum(count, tokens), reference, names, chunk)
+    caps, count = (softcap, reference_softcap), jnp.minimum(count, tokens)
+    values: Any = _statistics(hidden, projection, targets, count, reference, names, caps, chunk)
     return {name: value[:tokens] for name, value in zip(names, values, strict=True)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _statistics(hidden, projection, targets, count, reference, names, chunk):
-    return _forward(hidden, projection, targets, count, reference, names, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _statistics(hidden, projection, targets, count, reference, names, caps, chunk):
+    return _forward(hidden, projection, targets, count, reference, names, caps, chunk)[0]
 
 
-def _forward(hidden, projection, targets, count, reference, names, chunk):
+def _forward(hidden, projection, targets, count, reference, names, caps, chunk):
     weights = projection.astype(hidden.dtype)
 
     def visit(step, values):
         at = step * chunk
-        logits = _chunk_logits(hidden, weights, targets, reference, at, chunk)
+        logits = _chunk_logits(hidden, weights, targets, reference, at, caps, chunk)
         real = at + jnp.arange(chunk) < count
         new = (jnp.where(real, STATISTICS[name][0](logits), 0) for name in names)
         return tuple(jax.lax.dynamic_update_slice(v, n, (at,)) for v, n in zip(values, new, strict=True))
@@ -143,19 +160,21 @@ def _forward(hidden, projection, targets, count, reference, names, chunk):
     return values, (hidden, projection, targets, count, reference, values)
 
 
-def _backward(names, chunk, residuals, cotangents):
+def _backward(names, caps, chunk, residuals, cotangents):
     hidden, projection, targets, count, reference, values = residuals
     weights = projection.astype(hidden.dtype)
 
     def visit(step, carry):
         d_hidden, d_projection = carry
         at = step * chunk
-        logits = _chunk_logits(hidden, weights, targets, reference, at, chunk)
+        logits = _chunk_logits(hidden, weights, targets, reference, at, caps, chunk)
         real = at + jnp.arange(chunk) < count
         d_logits = jnp.zeros_like(logits.log_probs)
         for name, value, cotangent in zip(names, values, cotangents, strict=True):
             value, cotangent = (jax.lax.dynamic_slice(x, (at,), (chunk,)) for x in (value, cotangent))
             d_logits += jnp.where(real, cotangent, 0)[:, None] * STATISTICS[name][1](logits, value)
+        if logits.slope is not None:
+            d_logits *= logits.slope
         d_logits = d_logits.astype(hidden.dtype)  # the two products below run in the compute dtype, summed in float32
         states = jax.lax.dynamic_slice_in_dim(hidden, at, chunk)
         d_states = _product(d_logits, weights, ((1,), (0,))).astype(hidden.dtype)
@@ -170,14 +189,19 @@ def _backward(names, chunk, residuals, cotangents):
 _statistics.defvjp(_forward, _backward)
 
 
-def _chunk_logits(hidden, projection, targets, reference, at, chunk) -> _Logits:
-    def chunk_of(states, weights):
-        return log_probs(jax.lax.dynamic_slice_in_dim(states, at, chunk), weights)
+def _chunk_logits(hidden, projection, targets, reference, at, caps, chunk) -> _Logits:
+    def chunk_of(states, weights, cap):
+        return _logits(jax.lax.dynamic_slice_in_dim(states, at, chunk), weights, cap)
 
+    logits = chunk_of(hidden, projection, caps[0])
+    other = jnp.zeros((0, 0))
+    if reference is not None:
+        other = jax.nn.log_softmax(chunk_of(reference[0], reference[1], caps[1]), axis=1)
     return _Logits(
-        chunk_of(hidden, projection),
+        jax.nn.log_softmax(logits, axis=1),
         jax.lax.dynamic_slice(targets, (at,), (chunk,)),
-        chunk_of(*reference) if reference is not None else jnp.zeros((0, 0)),
+        None if caps[0] is None else 1 - jnp.square(logits / caps[0]),
+        other,
     )
 
 

@@ -105,6 +105,25 @@ def test_a_round_trip_keeps_every_bit_and_dtype(tmp_path, monkeypatch, dtype, se
     assert tensors_of(again) == tensors_of(path)
 
 
+@pytest.mark.parametrize("name", sorted(oracle.MODELS))
+def test_a_round_trip_keeps_every_bit_of_every_family(tmp_path, name):
+    path = oracle.write_model(tmp_path / "model", oracle.MODELS[name])
+    assert tensors_of(save(tmp_path / "saved", load(path), path)) == tensors_of(path)
+
+
+def test_a_prefix_that_all_names_leave_out_is_put_in_front(tmp_path):
+    config = oracle.MODELS["gpt2"]
+    drawn = oracle.tensors(config)
+    short = {name.removeprefix("transformer."): value for name, value in drawn.items()}
+    short |= {f"h.{layer}.attn.bias": np.ones((1, 1, 4, 4), np.float32) for layer in range(2)}  # as on the Hub
+    path = oracle.write_model(tmp_path / "model", config, short | {"lm_head.weight": short["wte.weight"]})
+    whole = oracle.write_model(tmp_path / "whole", config, drawn)
+    assert tensors_of(save(tmp_path / "saved", load(path), path)) == tensors_of(whole)
+    wrong = oracle.write_model(tmp_path / "wrong", config, short | {"lm_head.weight": short["wte.weight"] + 1})
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+        load(wrong)
+
+
 def test_a_directory_of_mixed_dtypes_keeps_each(tmp_path):
     drawn = oracle.tensors(UNTIED)
     drawn = {name: value.astype(ml_dtypes.bfloat16 if value.ndim > 1 else np.float32) for name, value in drawn.items()}

@@ -111,11 +111,10 @@ def sees(rows, at, query, window=None):
     ]
 
 
-def by_the_rule(rows, queries, keys, values, cotangent, window=None):
+def by_the_rule(rows, queries, keys, values, cotangent, window=None, scale=HEAD_DIM**-0.5, softcap=None):
     """Output and gradients of queries, keys and values; float64, query by query, derivatives written out."""
     queries, keys, values, cotangent = (x.astype(np.float64) for x in (queries, keys, values, cotangent))
     output, d_queries, d_keys, d_values = (np.zeros_like(x) for x in (queries, queries, keys, values))
-    scale = HEAD_DIM**-0.5
     for at in range(len(queries)):
         for query in range(queries.shape[1]):
             visible = sees(rows, at, query, window)
@@ -124,12 +123,15 @@ def by_the_rule(rows, queries, keys, values, cotangent, window=None):
             for head in range(HEADS):
                 group = head // (HEADS // KV_HEADS)
                 q, k, v = queries[at, query, head], keys[at, visible, group], values[at, visible, group]
-                weights = np.exp(k @ q * scale - (k @ q * scale).max())
+                scores, slope = k @ q * scale, 1.0
+                if softcap is not None:
+                    scores, slope = softcap * np.tanh(scores / softcap), 1 / np.cosh(scores / softcap) ** 2
+                weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
                 output[at, query, head] = weights @ v
                 d_output = cotangent[at, query, head]
                 d_weights = v @ d_output
-                d_scores = weights * (d_weights - weights @ d_weights) * scale
+                d_scores = weights * (d_weights - weights @ d_weights) * slope * scale
                 d_queries[at, query, head] = d_scores @ k
                 d_keys[at, visible, group] += np.outer(d_scores, q)
                 d_values[at, visible, group] += np.outer(weights, d_output)
@@ -179,6 +181,19 @@ def test_attention_and_its_gradients_are_the_rule(name, window):
     # Float32 rounds to 6e-8; sums over up to 250 keys of numbers near 1.
     assert_near(dense(rows, arrays, window), expected, 5e-6)
     assert_near(blockwise(rows, responses, arrays, window), expected, 5e-6)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.7, None), (None, 1.5), (0.7, 0.5)])
+@pytest.mark.parametrize("name", ["K=3 ragged", "padding"])
+def test_scaled_and_capped_scores_and_their_gradients_are_the_rule(name, scale, softcap):
+    rows, responses = CASES[name]
+    arrays = operands(rows)
+    expected = by_the_rule(rows, *arrays, scale=scale or HEAD_DIM**-0.5, softcap=softcap)
+    attend = functools.partial(attention.dense, scale=scale, softcap=softcap)
+    assert_near(output_and_gradients(attend, visible(*rows), *arrays), expected, 5e-6)
+    seen = key_layout(rows.segments, rows.branches, responses=responses, keys=CAPACITY[rows.segments.shape[1]])
+    attend = functools.partial(attention.blockwise, scale=scale, softcap=softcap)
+    assert_near(output_and_gradients(attend, seen, *arrays), expected, 5e-6)
 
 
 @pytest.mark.parametrize("name", ["K=3 ragged", "padding", "long"])

@@ -25,10 +25,15 @@ def operands(scale=1.0, seed=0, tokens=TOKENS):
     return tuple(x.astype(np.float32) for x in arrays), targets, cotangents
 
 
-def defined(hidden, projection, reference_hidden, reference_projection, targets):
+def defined(hidden, projection, reference_hidden, reference_projection, targets, caps=(None, None)):
     """The definitions, in whatever precision the operands have; a softmax of all logits at once."""
-    probabilities = jax.nn.softmax(hidden @ projection.T)
-    reference = jax.nn.softmax(reference_hidden @ reference_projection.T)
+
+    def distribution(states, weights, cap):
+        logits = states @ weights.T
+        return jax.nn.softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
+
+    probabilities = distribution(hidden, projection, caps[0])
+    reference = distribution(reference_hidden, reference_projection, caps[1])
     return {
         "logps": jnp.log(probabilities[jnp.arange(len(targets)), targets]),
         "sum_squares": jnp.log((probabilities**2).sum(axis=1)),
@@ -37,14 +42,14 @@ def defined(hidden, projection, reference_hidden, reference_projection, targets)
     }
 
 
-def expected(arrays, targets, cotangents, names, count):
+def expected(arrays, targets, cotangents, names, count, caps=(None, None)):
     """Values, and gradients of hidden states and projection, in float64."""
     real = np.arange(len(targets)) < count
     with jax.enable_x64(True):
         hidden, projection, *reference = (jnp.asarray(x, jnp.float64) for x in arrays)
 
         def total(hidden, projection):
-            values = defined(hidden, projection, *reference, targets)
+            values = defined(hidden, projection, *reference, targets, caps)
             kept = {name: jnp.where(real, values[name], 0) for name in names}
             return sum((kept[name] * c).sum() for name, c in zip(names, cotangents, strict=True)), kept
 
@@ -52,12 +57,12 @@ def expected(arrays, targets, cotangents, names, count):
         return jax.tree.map(np.asarray, (values, gradients))
 
 
-@functools.partial(jax.jit, static_argnames=("names", "chunk"))
-def computed(arrays, targets, cotangents, count, *, names, chunk):
+@functools.partial(jax.jit, static_argnames=("names", "chunk", "caps"))
+def computed(arrays, targets, cotangents, count, *, names, chunk, caps=(None, None)):
     hidden, projection, reference_hidden, reference_projection = arrays
-    reference = {}
+    reference = dict(softcap=caps[0], reference_softcap=caps[1])
     if "kl" in names:
-        reference = dict(reference_hidden=reference_hidden, reference_projection=reference_projection)
+        reference |= dict(reference_hidden=reference_hidden, reference_projection=reference_projection)
 
     def statistics(hidden, projection):
         return token_statistics(hidden, projection, targets, count, names=names, chunk=chunk, **reference)
@@ -83,6 +88,13 @@ def test_each_statistic_and_its_gradient_are_the_definition(name):
     # Float32 rounds to 6e-8; 21 tokens are summed into the gradient of the projection.
     assert_near(found, expected(arrays, targets, cotangents[:1], (name,), TOKENS), 3e-6)
     assert all(value.dtype == jnp.float32 for value in found[0].values())
+
+
+@pytest.mark.parametrize("caps", [(1.5, None), (4.0, 0.7)])
+def test_statistics_of_capped_logits_and_their_gradients_are_the_definition(caps):
+    arrays, targets, cotangents = operands(scale=2)
+    found = computed(arrays, targets, cotangents, np.int32(TOKENS), names=NAMES, chunk=8, caps=caps)
+    assert_near(found, expected(arrays, targets, cotangents, NAMES, TOKENS, caps), 5e-6)
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 21, 2048])

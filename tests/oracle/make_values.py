@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from daajax.models import weights
+from daajax.models.decoder import Parameter, layer_parameters, outer_parameters
+from daajax.models.families import architecture_of
+
 VALUES = pathlib.Path(__file__).parent / "values"
 DIRECTIONS = 4  # random directions that a gradient is projected on; a wrong entry anywhere shows in them
 
@@ -83,6 +87,97 @@ MODELS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float32",
     },
 }
+_NEWER = {key: value for key, value in _COMMON.items() if key not in ("architectures", "model_type")}
+# No padding token: where there is one, torch leaves its embedding without a gradient.
+_NEWER |= {
+    "pad_token_id": None,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "dtype": "float32",
+}
+_DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+MODELS |= {
+    "biased_linear": _NEWER  # every bias a Llama may have
+    | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
+    | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "dynamic": _NEWER  # within the context it was made for
+    | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    "yarn": _NEWER
+    | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 16}
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 8.0,
+        }
+    },
+    "ministral": _NEWER  # one layer slides, one does not
+    | {"model_type": "ministral", "architectures": ["MinistralForCausalLM"], "sliding_window": 24, "head_dim": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": _DEFAULT},
+    "mixtral": _NEWER
+    | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "sliding_window": 40}
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 1e6},
+    "qwen2": _NEWER  # the last layer slides
+    | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
+    | {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "rope_theta": 1e6},
+    "qwen3": _NEWER | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 24, "rope_theta": 1e6},
+    "qwen3_moe": _NEWER
+    | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "rope_theta": 1e6}
+    | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma": _NEWER
+    | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+    | {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True, "rope_theta": 10000.0},
+    "gemma2": _NEWER
+    | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"}
+    | {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 24, "sliding_window": 24}
+    | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, "rope_theta": 10000.0},
+    "gemma3": _NEWER  # layers of both kinds, each with a rotation of its own
+    | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 24}
+    | {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "tie_word_embeddings": True}
+    | {"query_pre_attn_scalar": 24, "sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 10000.0}
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "phi3_long": _NEWER  # every sequence is longer than the original context
+    | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 4}
+    | {"partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+    | {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.5, 9.0]}},
+    "phi3_short": _NEWER
+    | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 256}
+    | {"max_position_embeddings": 1024, "rope_theta": 10000.0, "sliding_window": 60}
+    | {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 3.0], "long_factor": [1.5, 2.0, 3.0, 9.0]}},
+    "olmo2": _NEWER | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "rope_theta": 500000.0},
+    "smollm3": _NEWER  # the last layer does not turn
+    | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "tie_word_embeddings": True}
+    | {"no_rope_layers": [1, 0], "rope_theta": 10000.0},
+    "nemotron": {key: value for key, value in _NEWER.items() if key != "rms_norm_eps"}
+    | {"model_type": "nemotron", "architectures": ["NemotronForCausalLM"], "norm_eps": 1e-5, "hidden_act": "relu2"}
+    | {"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "head_dim": 16},
+    "gpt_neox": {key: value for key, value in _NEWER.items() if key not in ("rms_norm_eps", "num_key_value_heads")}
+    | {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "layer_norm_eps": 1e-5}
+    | {"hidden_act": "gelu", "rotary_pct": 0.5, "rotary_emb_base": 10000, "use_parallel_residual": True},
+    "gpt_neox_sequential": {
+        key: value for key, value in _NEWER.items() if key not in ("rms_norm_eps", "num_key_value_heads")
+    }
+    | {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "layer_norm_eps": 1e-5}
+    | {"hidden_act": "gelu_new", "rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False},
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "n_inner": 48,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float32",
+    },
+}
 # Tokens of prompt, chosen and rejected response, and how many of a response's first tokens are not scored.
 LENGTHS = [
     *[(1, 9, 14, 0), (33, 12, 7, 0), (150, 60, 41, 0), (17, 26, 3, 2), (5, 1, 30, 0), (64, 8, 8, 0), (90, 35, 20, 0)],
@@ -96,59 +191,49 @@ def uniform(size: int, *seed: int) -> np.ndarray:
     return (np.random.PCG64(list(seed)).random_raw(size) >> np.uint64(11)) * 2.0**-53
 
 
+def stored(config: dict[str, Any]) -> dict[str, tuple[Parameter, tuple[int, ...], bool]]:
+    """Every tensor of a model directory: a parameter that it has a part of, its shape, whether inputs come last."""
+    architecture = architecture_of(config)
+    parameters: dict[str, Any] = {f"layers/{name}": one for name, one in layer_parameters(architecture).items()}
+    parameters |= outer_parameters(architecture)
+    found = {}
+    for tensor in weights.layout(architecture):
+        found[tensor.name] = (parameters[tensor.parameter], tensor.shape, tensor.transposed)
+    return dict(sorted(found.items()))
+
+
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model directory."""
-    hidden, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
-    heads, kv_heads = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(config["num_hidden_layers"]):
-        found |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": (hidden,),
-                "self_attn.q_proj": (heads, hidden),
-                "self_attn.k_proj": (kv_heads, hidden),
-                "self_attn.v_proj": (kv_heads, hidden),
-                "self_attn.o_proj": (hidden, heads),
-                "post_attention_layernorm": (hidden,),
-                "mlp.gate_proj": (mlp, hidden),
-                "mlp.up_proj": (mlp, hidden),
-                "mlp.down_proj": (hidden, mlp),
-            }.items()
-        }
-    if not config["tie_word_embeddings"]:
-        found["lm_head.weight"] = (vocab, hidden)
-    return found
+    return {name: shape for name, (_, shape, _) in stored(config).items()}
 
 
 def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """The model's weights, float32: large enough that every part of the model shows in its log-probs."""
     drawn = {}
-    for place, (name, shape) in enumerate(shapes(config).items()):
+    for place, (name, (parameter, shape, transposed)) in enumerate(stored(config).items()):
         values = 2 * uniform(math.prod(shape), seed, place).reshape(shape) - 1
-        if name.endswith("norm.weight"):
-            values = 1 + 0.3 * values
-        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if parameter.start is not None:
+            values = parameter.start + 0.3 * values
+        elif parameter.axes[0] in ("vocab", "positions"):
             values = 0.6 * values
         else:
-            values = 2.5 / math.sqrt(shape[1]) * values
+            values = 2.5 / math.sqrt(shape[-1 if transposed else -2]) * values
         drawn[name] = values.astype(np.float32)
     return drawn
 
 
-def write_model(folder: pathlib.Path, config: dict[str, Any], weights: dict[str, np.ndarray] | None = None) -> str:
+def write_model(folder: pathlib.Path, config: dict[str, Any], drawn: dict[str, np.ndarray] | None = None) -> str:
     """Writes a model directory.
 
     Args:
         folder: Made if need be.
         config: Contents of its config.json.
-        weights: Its tensors; None: those of `tensors`.
+        drawn: Its tensors; None: those of `tensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    weights = tensors(config) if weights is None else weights
-    safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    drawn = tensors(config) if drawn is None else drawn
+    safetensors.numpy.save_file(drawn, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
 
@@ -185,9 +270,14 @@ def torch_model(path: str, dtype: str = "float64") -> Any:
     import torch
     import transformers
 
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
+    model, report = loaded
     problems = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if problems:
         raise ValueError(f"{path}: {problems}")
@@ -221,13 +311,51 @@ def compute(name: str, folder: pathlib.Path) -> dict[str, Any]:
     config = MODELS[name]
     model = torch_model(write_model(folder, config))
     logps = torch_logps(model, config)
-    sum((values * torch.tensor(c)).sum() for values, c in zip(logps, coefficients(), strict=True)).backward()
-    return {
+    torch.stack([(x * torch.tensor(c)).sum() for x, c in zip(logps, coefficients(), strict=True)]).sum().backward()
+    values = {
         "made_with": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__},
-        "rope_frequencies": [float(value) for value in model.model.rotary_emb.inv_freq],
+        "rope_frequencies": frequencies(model),
         "logps": [[round(value, 9) for value in values.tolist()] for values in logps],
-        "gradients": {key: summarize(key, value.grad.numpy()) for key, value in model.named_parameters()},
+        "gradients": {key: summarize(key, value) for key, value in gradients(model, folder / "gradients").items()},
     }
+    if "num_experts_per_tok" in config:
+        loss = torch_router_loss(model, config)
+        loss.backward()
+        values["router_loss"] = float(loss)
+        found = gradients(model, folder / "gradients")
+        values["router_gradients"] = {key: summarize(key, value) for key, value in found.items()}
+    return values
+
+
+def frequencies(model: Any) -> list[list[float]]:
+    """The rotary frequencies of its kinds of layer."""
+    names = [name for name, _ in model.named_buffers() if name.endswith("inv_freq") and "original" not in name]
+    return [[float(value) for value in model.get_buffer(name)] for name in names]
+
+
+def gradients(model: Any, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """What backpropagation left in the parameters, under the names and in the shapes of a model directory."""
+    kept = [value.data for value in model.parameters()]
+    for value in model.parameters():
+        value.data = value.data * 0 if value.grad is None else value.grad
+    model.save_pretrained(folder)
+    for value, data in zip(model.parameters(), kept, strict=True):
+        value.data, value.grad = data, None
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+def torch_router_loss(model: Any, config: dict[str, Any]) -> Any:
+    """The loss that balances experts, over every response behind its own copy of its prompt."""
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = []
+    for prompt, responses, _ in examples(config):
+        for response in responses:
+            ids = torch.tensor(np.concatenate([prompt, response])[None].astype(np.int64))
+            logits.append(model(ids, output_router_logits=True).router_logits)
+    layers = tuple(torch.cat([one.reshape(-1, one.shape[-1]) for one in layer]) for layer in zip(*logits, strict=True))
+    return load_balancing_loss_func(layers, layers[0].shape[-1], config["num_experts_per_tok"])
 
 
 def read(name: str) -> dict[str, Any]:
