@@ -389,7 +389,7 @@ def tensors(
                         value[..., part.columns.of(np.arange(outputs.shape[-1]))] = outputs
             value = np.ascontiguousarray(value.T if tensor.transposed else value)
             dtype = np.dtype(dtypes.get(tensor.name, value.dtype))
-            if np.abs(value).max(initial=0) > float(jnp.finfo(dtype).max):
+            if float(np.abs(value).max(initial=0)) > float(jnp.finfo(dtype).max):
                 say(f"tensor {tensor.name} is stored in {value.dtype}: it has values beyond {dtype}")
                 dtype = value.dtype
             yield tensor.name, value.astype(dtype)

@@ -19,7 +19,7 @@ from daajax.models import decoder, weights
 from daajax.models.families import read_architecture
 from tests.oracle import make_values as oracle
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 UNTIED, TIED = oracle.MODELS["llama2"], oracle.MODELS["llama31"]
 SHARD = "model-00001-of-00003.safetensors"
