@@ -8,6 +8,7 @@ import pytest
 from daajax.errors import UserError
 from tests import worlds
 
+PICKLE = b"cbuiltins\nexec\n(Vraise SystemExit('a pickle was opened')\ntR."
 PAIR = {"prompt": "the dog", "chosen": " saw a cat", "rejected": " was sad"}
 
 
@@ -28,6 +29,18 @@ def refused(world, tmp_path):
         return str(error.value)
 
     return line
+
+
+def in_shards(model, planted=None):
+    """The model with its weights in two files, the second of which the index calls `planted`."""
+    values = worlds.load_tensors(model)
+    (model / "model.safetensors").unlink()
+    worlds.save_tensors(model, values, files=2)
+    if planted is not None:
+        index = model / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace("model-00002-of-00002.safetensors", planted))
+        (model / planted).write_bytes(PICKLE)
+    return model
 
 
 # ---------------------------------------------------------------------- data
@@ -168,6 +181,7 @@ def test_tensors_that_do_not_fit_the_config(refused, tmp_path, edit, says):
         ({"num_attention_heads": 3}, "num_attention_heads=3 is not a multiple"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
         ({"vocab_size": "many"}, "vocab_size is 'many'; a positive integer is needed"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config says that the weights are quantized"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -188,9 +202,12 @@ def test_another_architecture_is_named_by_its_key(refused, tmp_path, changes, sa
         (lambda m: (m / "model.safetensors").unlink(), "needs model.safetensors"),
         (lambda m: (m / "model.safetensors").write_bytes(b"x" * 100), "is not a readable safetensors file"),
         (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "found pytorch_model.bin"),
+        (lambda m: (m / "model.safetensors").write_bytes(PICKLE), "is not a readable safetensors file"),
+        (lambda m: in_shards(m, planted="pytorch_model.bin"), "only .safetensors files beside it are opened"),
+        (lambda m: (in_shards(m) / "model-00002-of-00002.safetensors").unlink(), "-00002.safetensors is missing"),
         (lambda m: (m / "tokenizer.json").write_text("{}"), "cannot be loaded"),
     ],
-    ids=["config", "no config", "no weights", "weights", "pickle", "tokenizer"],
+    ids=["config", "no config", "no weights", "weights", "pickle", "disguised", "indexed", "shard", "tokenizer"],
 )
 def test_a_damaged_model_directory_is_named(refused, tmp_path, damage, says):
     model = worlds.make_model(tmp_path / "model")
@@ -198,6 +215,14 @@ def test_a_damaged_model_directory_is_named(refused, tmp_path, damage, says):
     line = refused(f"--config.model.path={model}")
     assert str(model) in line
     assert says in line
+
+
+def test_a_pickle_beside_the_weights_is_neither_opened_nor_copied(world, tmp_path):
+    model = worlds.make_model(tmp_path / "model")
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (model / name).write_bytes(PICKLE)
+    worlds.train(tmp_path / "run", *world.flags, "--config.steps=1", f"--config.model.path={model}")
+    assert not {path.suffix for path in (tmp_path / "run" / "model").iterdir()} & {".bin", ".pt"}
 
 
 def test_weights_that_are_not_numbers_are_noticed_before_training(refused, tmp_path):

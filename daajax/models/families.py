@@ -93,6 +93,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """
     reader = ConfigReader(dict(config))
     model_type = reader.choice("model_type", None, FAMILIES)
+    if config.get("quantization_config"):
+        raise UserError("quantization_config says that the weights are quantized; take the model whose weights are floats.")
     architecture = FAMILIES[model_type].architecture(reader)
     reader.finish()
     a = architecture

@@ -362,7 +362,7 @@ def test_what_a_config_leaves_out_has_the_defaults_of_transformers(tmp_path):
         (dict(model_type="bert"), ["model_type 'bert' is not supported", "gpt2, gpt_neox, llama"]),
         (dict(model_type=["llama"]), ["model_type ['llama'] is not supported"]),
         (dict(sliding_window=128), ["sliding_window", "not known"]),
-        (dict(quantization_config={"bits": 4}), ["quantization_config", "not known"]),
+        (dict(quantization_config={"bits": 4}), ["quantization_config", "are quantized"]),
         (dict(attention_bias="yes"), ["attention_bias is 'yes'; true or false is needed"]),
         (dict(hidden_act="quick_gelu"), ["hidden_act 'quick_gelu' is not supported", "relu2, silu"]),
         (dict(num_key_value_heads=3), ["num_attention_heads=4", "num_key_value_heads=3"]),
