@@ -18,8 +18,13 @@ from jaxtyping import install_import_hook  # noqa: E402 - the variables come fir
 
 install_import_hook("daajax", "beartype.beartype")
 
+import huggingface_hub  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+
+from daajax.models import bucket as buckets  # noqa: E402
+from tests import stores  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -31,3 +36,31 @@ def assets() -> pathlib.Path:
     if not folder:
         pytest.skip("DAAJAX_ASSETS is not set: no real data")
     return pathlib.Path(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub, as HF_ENDPOINT and HF_HOME would name it and its cache."""
+    hub = stores.Hub()
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub.serving():
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+        huggingface_hub.close_session()  # it keeps connections
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """A bucket, and a cache for its models."""
+    bucket = stores.Bucket()
+    with bucket.serving():
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.url)
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", stores.TOKEN)
+        monkeypatch.setattr(buckets, "CACHE", tmp_path / "buckets")
+        yield bucket

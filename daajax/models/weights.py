@@ -34,11 +34,13 @@ Params = dict[str, Any]
 Flat = dict[str, Any]  # the leaves of Params by path
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+STORED = ("*.safetensors", "*.safetensors.index.json")  # files with weights
+SECOND_COPY = "consolidated*"  # the same weights once more, in some directories, for their authors' own programs
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _SHARD_BYTES = 5_000_000_000
 _ROWS = 4096  # of a matrix, compared at once
 # What a model directory holds besides weights and what makes it loadable elsewhere; carried along unchanged.
-_COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 
 
 class Directory:
@@ -341,7 +343,7 @@ def _save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
-    for source, patterns in ((model_path, _COMPANIONS), (tokenizer_path, TOKENIZER_FILES)):
+    for source, patterns in ((model_path, COMPANIONS), (tokenizer_path, TOKENIZER_FILES)):
         for file in (file for pattern in patterns for file in pathlib.Path(source).glob(pattern) if file.is_file()):
             copy = partial / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)

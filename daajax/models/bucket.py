@@ -1,0 +1,157 @@
+"""Models in a bucket, `gs://bucket/folder`, copied to a cache of this machine.
+
+TensorStore, which checkpoints go through as well, reads them; it finds the user's credentials by itself.
+"""
+
+import collections
+import contextlib
+import fcntl
+import fnmatch
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorstore
+
+from daajax import output
+from daajax.console import Progress, say
+from daajax.data.tokenizer import TOKENIZER_FILES
+from daajax.errors import UserError, one_line
+from daajax.models.weights import COMPANIONS, SECOND_COPY, STORED
+
+CACHE = pathlib.Path("~/.cache/daajax/models")
+_PART_BYTES = 32 << 20  # read at once
+_HEADER_BYTES = 100_000_000  # most that safetensors allows
+_IN_FLIGHT = 8  # parts that are read ahead of what is written
+_LOG_IN = "log in with `gcloud auth application-default login`"
+_SMALL = "-without-weights"  # behind the name of a copy
+_CONTEXT = {"gcs_request_retries": {"max_retries": 5, "initial_delay": "250ms", "max_delay": "8s"}}
+
+
+def fetch(address: str, option: str, *, with_weights: bool, revision: str) -> tuple[str, str]:
+    """A copy of a bucket's folder, and its revision: a digest of the generations of its files; see `directory.fetch`.
+
+    Each revision is copied to a folder of its own, which is there whole or not at all. A copy that was interrupted is
+    gone on with, file by file.
+    """
+    name = address.removeprefix("gs://").strip("/")
+    home = CACHE.expanduser() / name.replace("/", "--")
+    if revision and (copy := _copy_of(home, revision, with_weights)):
+        return copy, revision
+    try:
+        store = tensorstore.KvStore.open(f"gs://{name}/", context=tensorstore.Context(_CONTEXT)).result()
+        files = _generations(store)
+        now = hashlib.sha256(json.dumps([name, sorted(files.items())]).encode()).hexdigest()[:40]
+        if revision and now != revision:
+            say(f"{option}: {address} has changed since the run began")
+        with _alone(home):
+            if not (copy := _copy_of(home, now, with_weights)):
+                copy = str(home / f"{now}{'' if with_weights else _SMALL}")
+                wanted = {file: files[file] for file in files if with_weights or not _is_among(file, STORED)}
+                _make_copy(store, wanted, pathlib.Path(copy))
+    except _UnusableError as error:
+        raise UserError(f"{option}={address} {error}.") from None
+    except OSError as error:
+        raise UserError(f"{option}={address} cannot be copied to {home} ({error.strerror}); make room there.") from None
+    except Exception as error:  # from TensorStore, of several kinds
+        raise UserError(
+            f"{option}={address} cannot be read ({one_line(error)}); check the name and the network, or {_LOG_IN}."
+        ) from None
+    return copy, now
+
+
+class _UnusableError(Exception):
+    """A bucket holds nothing that can be copied; its text is the reason."""
+
+
+def _copy_of(home: pathlib.Path, revision: str, with_weights: bool) -> str:
+    """The folder of a whole copy, empty if there is none; where no weights are needed, one that has them serves too."""
+    names = [revision] if with_weights else [revision, revision + _SMALL]
+    return next((str(home / name) for name in names if (home / name).is_dir()), "")
+
+
+def _generations(store: tensorstore.KvStore) -> dict[str, str]:
+    """The files of a model, by name, each with what changes when it is written again."""
+    names = sorted(key.decode(errors="replace") for key in store.list().result())
+    names = [name for name in names if _is_among(name, (*STORED, *COMPANIONS, *TOKENIZER_FILES))]
+    if not names:
+        raise _UnusableError(f"holds no model that you may list: check the name, or {_LOG_IN}")
+    reads = {name: store.read(name, byte_range=slice(0, 0)) for name in names}
+    return {name: read.result().stamp.generation.hex() for name, read in reads.items()}
+
+
+def _is_among(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name fits a pattern, where `*` stands for any text but a folder; a second copy never does."""
+    return any(
+        name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+    ) and not fnmatch.fnmatchcase(name, SECOND_COPY)
+
+
+@contextlib.contextmanager
+def _alone(home: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes of this host from a cache while the block lasts; they wait."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process fetches to {home}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make_copy(store: tensorstore.KvStore, files: dict[str, str], folder: pathlib.Path) -> None:
+    """Copies files of these generations to a folder, which takes its name when it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    with contextlib.closing(Progress("fetch", len(files), "file")) as progress:
+        for name, generation in files.items():
+            file = partial / name
+            if not file.is_file():  # an interrupted copy left it, whole
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with output.replacing(file) as scratch, scratch.open("wb") as target:
+                    for part in _parts(store, name, generation):
+                        target.write(part)
+            progress.advance()
+    partial.rename(folder)
+
+
+def _parts(store: tensorstore.KvStore, name: str, generation: str) -> Iterator[bytes]:
+    """The content of a file, a part at a time."""
+    if not name.endswith(".safetensors"):  # small
+        yield _value(name, store.read(name), generation)
+        return
+
+    def read(begin: int, end: int) -> Any:
+        return store.read(name, byte_range=slice(begin, end))
+
+    # A store does not say how long a file is, but a file of safetensors does.
+    length = int.from_bytes(_value(name, read(0, 8), generation), "little")
+    header = _value(name, read(8, 8 + length), generation) if length <= _HEADER_BYTES else b""
+    try:
+        tensors = json.loads(header)
+        ends = [tensor["data_offsets"][1] for key, tensor in tensors.items() if key != "__metadata__"]
+        size = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise _UnusableError(f"holds {name}, which is no safetensors file: upload it again") from None
+    ahead: collections.deque[Any] = collections.deque()
+    for begin in range(0, size, _PART_BYTES):
+        ahead.append(read(begin, min(begin + _PART_BYTES, size)))
+        if len(ahead) == _IN_FLIGHT:
+            yield _value(name, ahead.popleft(), generation)
+    for last in ahead:
+        yield _value(name, last, generation)
+
+
+def _value(name: str, read: Any, generation: str) -> bytes:
+    """What was read, if it is of the generation that was asked for."""
+    try:
+        found = read.result()
+    except ValueError as error:
+        if "OUT_OF_RANGE" not in str(error):
+            raise
+        raise _UnusableError(f"holds {name} cut off: upload it again") from None
+    if found.stamp.generation.hex() != generation:
+        raise _UnusableError(f"was written to while {name} was read: start again")
+    return found.value
