@@ -71,7 +71,9 @@ def get_config() -> Any:
     config.seed = 0  # with the data it fixes the whole run
 
     config.model = config_dict.ConfigDict()
-    config.model.path = optional_text()  # a Hugging Face model directory; required
+    # a Hugging Face model directory; hf://organization/name, also with @revision, from the Hub; gs://bucket/folder;
+    # required
+    config.model.path = optional_text()
     config.model.random_init = False  # True: only its architecture, weights drawn from the seed
     config.model.dtype = "bfloat16"  # compute dtype: bfloat16 or float32
     # dtype of the trained parameters; bfloat16 does not move at DPO's learning rates
@@ -80,7 +82,7 @@ def get_config() -> Any:
     config.model.router_aux_loss_coef = 0.0
 
     config.tokenizer = config_dict.ConfigDict()
-    config.tokenizer.path = optional_text()  # directory of the tokenizer; None: model.path
+    config.tokenizer.path = optional_text()  # directory of the tokenizer, or as model.path; None: that
     config.chat = config_dict.ConfigDict()
     config.chat.template = optional_text()  # Jinja file or text; None: the tokenizer's own
     config.chat.score = "last"  # which assistant turns are scored: last, or all (only with one response an example)
@@ -114,7 +116,7 @@ def get_config() -> Any:
     # snapshot: the initial policy; path: another model; ema: a copy that follows the policy (TR-DPO); none: the loss
     # reads no reference
     config.reference.mode = "snapshot"
-    config.reference.path = optional_text()  # model directory for mode path
+    config.reference.path = optional_text()  # model for mode path, named as model.path
     # keep its model in memory beside the policy and score with it, in place of the cache; objectives that read whole
     # distributions (tdpo1, tdpo2) and mode ema do so by themselves
     config.reference.live = False

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from daajax import checkpoint, command, inputs, run, sharding
+from daajax import checkpoint, command, folder, inputs, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
@@ -159,6 +159,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
         check(pathlib.Path(output))
     where = pathlib.Path(workdir)
     terms = bind(losses(config))
+    config, _ = run.fetch_models(config, folder.read_revisions(where))
     architecture = read_architecture(config.model.path)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     saved = checkpoint.Checkpoints(where)

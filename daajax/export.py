@@ -5,7 +5,7 @@ What training writes to `model/` at its end is the same of the last update.
 
 import pathlib
 
-from daajax import checkpoint, command, run, sharding
+from daajax import checkpoint, command, folder, run, sharding
 from daajax.config import Config, tokenizer_path
 from daajax.console import say
 from daajax.errors import UserError
@@ -30,6 +30,7 @@ def export(config: Config, workdir: str, step: int | None = None, output: str | 
     target = pathlib.Path(output or pathlib.Path(workdir) / f"model-{step}")
     if target.exists():
         raise UserError(f"--output={target} exists; name another directory, or remove it.")
+    config, _ = run.fetch_models(config, folder.read_revisions(pathlib.Path(workdir)))
     architecture = read_architecture(config.model.path)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     scorer = run.make_scorer(config, architecture, mesh)

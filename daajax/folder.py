@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, Literal
 
 from daajax import output
@@ -40,6 +40,7 @@ MAY_CHANGE = (
 )
 _LENGTH = ("epochs", "steps")  # of a run; a finished one is not finished if they change
 _CONFIG, _METRICS, _FINISHED, _LOCK = "config.json", "metrics.jsonl", "finished", ".lock"
+_REVISIONS = "revisions.json"
 _NAMED = 3  # differences
 
 State = Literal["new", "unfinished", "finished"]
@@ -129,7 +130,7 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, st
         yield name, f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
 
 
-def begin(where: pathlib.Path, config: Config, *, updates: int) -> None:
+def begin(where: pathlib.Path, config: Config, *, updates: int, revisions: Mapping[str, str] | None = None) -> None:
     """Makes a claimed folder this run's.
 
     What a run that was interrupted later reported of updates that are now done again is removed.
@@ -138,12 +139,17 @@ def begin(where: pathlib.Path, config: Config, *, updates: int) -> None:
         where: The folder.
         config: Of the run; it becomes `config.json`.
         updates: Done before; what is reported of them stays.
+        revisions: Of the addresses in it; see `read_revisions`.
 
     Raises:
         UserError: If the folder cannot be written.
     """
     try:
         (where / _FINISHED).unlink(missing_ok=True)
+        if revisions:
+            output.write_text(where / _REVISIONS, json.dumps(dict(revisions), indent=2, sort_keys=True) + "\n")
+        else:
+            (where / _REVISIONS).unlink(missing_ok=True)
         output.write_text(where / _CONFIG, _text(config))
         if not updates:
             shutil.rmtree(where / "tensorboard", ignore_errors=True)
@@ -167,6 +173,21 @@ def read_config(where: pathlib.Path) -> dict[str, Any]:
     if not where.is_dir():
         raise UserError(f"--workdir={where} is not a folder; name that of a run.")
     return _stored(where)
+
+
+def read_revisions(where: pathlib.Path) -> dict[str, str]:
+    """Of each address of a model, such as `hf://organization/name`, the revision that the folder's run began with.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    file = where / _REVISIONS
+    if not file.is_file():
+        return {}
+    try:
+        return {str(address): str(revision) for address, revision in json.loads(file.read_bytes()).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"{file} is damaged; remove it to go on with what the addresses of models mean now.") from None
 
 
 @contextlib.contextmanager

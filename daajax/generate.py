@@ -21,6 +21,7 @@ from daajax.console import say
 from daajax.data.tokenizer import check_vocabulary, load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator, Samples, check_prompts
+from daajax.models import directory
 from daajax.models.architecture import for_length
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: python -m daajax.generate --model=DIR --prompt=TEXT [--option=value …]
 
-  --model=DIR            Hugging Face model directory, such as a run's model/
+  --model=DIR            Hugging Face model directory, such as a run's model/; or hf://ORGANIZATION/NAME[@REVISION],
+                         or gs://BUCKET/FOLDER
   --workdir=DIR          instead of it, a run's folder: its latest checkpoint
   --step=N               or the checkpoint of that update; 0 is the model before training
   --prompt=TEXT          what to continue; may be given several times
@@ -159,7 +161,7 @@ def generate(options: Options) -> None:
 
 def model_of_directory(options: Options) -> Model:
     """The model of `--model`, its parameters in the compute dtype."""
-    path = str(options.model)
+    path = directory.fetch(str(options.model), "--model").path
     read_architecture(path, "--model")  # before its config.json is asked for a dtype
     dtype = dtype_of(path) if options.dtype == "auto" else options.dtype
     return Model(path, path, path, None, dtype, dtype, functools.partial(run.load_params, path))
@@ -175,6 +177,7 @@ def model_of_run(options: Options) -> Model:
     config = resolve(restored(folder.read_config(workdir)))
     saved = checkpoint.Checkpoints(workdir)
     step = saved.choose(options.step)
+    config, _ = run.fetch_models(config, folder.read_revisions(workdir), with_weights=step == 0)
     return Model(
         f"{workdir} after update {step}",
         config.model.path,

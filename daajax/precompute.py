@@ -25,6 +25,7 @@ def precompute(config: Config, workdir: str = "") -> None:
     if config.reference.mode == "none":
         raise UserError("config.reference.mode='none': this run reads no reference, there is nothing to precompute.")
     terms = bind(losses(config))
+    config, _ = run.fetch_models(config)
     architecture = read_architecture(config.model.path)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     if why := run.why_live(config, terms):

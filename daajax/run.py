@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +19,42 @@ from daajax.data.packing import Plan
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
 from daajax.losses.terms import Needs, Term, initial_state
-from daajax.models import decoder, weights
+from daajax.models import decoder, directory, weights
 from daajax.models.architecture import Architecture, for_length
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.scoring import Batch, Scorer
 from daajax.step import TrainState
+
+
+def fetch_models(
+    config: Config, revisions: Mapping[str, str] | None = None, *, with_weights: bool = True
+) -> tuple[Config, dict[str, str]]:
+    """Brings every model that a config names onto this machine.
+
+    Args:
+        config: The run's.
+        revisions: What the run began with, by address; an address that is not among them means what it does today.
+        with_weights: Whether any are read.
+
+    Returns:
+        The config with local directories in place of addresses, and the revision of each address.
+
+    Raises:
+        UserError: As `directory.fetch`.
+    """
+    local: Config = config.copy_and_resolve_references()
+    found: dict[str, str] = {}
+    for group, needs_weights in (("model", not config.model.random_init), ("reference", True), ("tokenizer", False)):
+        if (address := config[group].path) is not None:
+            known = found.get(address) or (revisions or {}).get(address, "")
+            fetched = directory.fetch(
+                address, f"{group}.path", with_weights=with_weights and needs_weights, revision=known
+            )
+            local[group].path = fetched.path
+            if fetched.revision:
+                found[address] = fetched.revision
+    return local, found
 
 
 def make_scorer(config: Config, architecture: Architecture, mesh: Any) -> Scorer:

@@ -52,6 +52,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     """A run in a folder that no other one works in."""
     # ------------------------------------------------------------------ what is trained, on what, where
     terms = bind(losses(config))
+    asked = config
+    config, revisions = run.fetch_models(asked, folder.read_revisions(where))
     architecture = read_architecture(config.model.path)
     if config.reference.path is not None:  # before minutes are spent on the data
         read_architecture(config.reference.path, "reference.path")
@@ -86,7 +88,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     if not config.model.random_init:
         weights.check(config.model.path, architecture, shapes)
     say(
-        f"model: {parameter_count(architecture):,} parameters of {config.model.path}, {config.model.param_dtype}, "
+        f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, {config.model.param_dtype}, "
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"
     )
     for line in sharding.describe(shapes, param_shardings):
@@ -198,7 +200,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
                     )
                 latest |= clock.read(t)
                 if writer is None:  # the first update is sound: from here on there is something to keep
-                    folder.begin(where, config, updates=done)
+                    folder.begin(where, asked, updates=done, revisions=revisions)
                     writer = stack.enter_context(contextlib.closing(metrics.Writer(where, updates=done)))
                     earliest = latest
                 if evaluates and evaluation is not None:
@@ -220,7 +222,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
 
         # -------------------------------------------------------------- the result
         if writer is None:  # all was done before
-            folder.begin(where, config, updates=done)
+            folder.begin(where, asked, updates=done, revisions=revisions)
         weights.save(
             str(where / "model"),
             state.params,

@@ -225,6 +225,14 @@ def test_a_pickle_beside_the_weights_is_neither_opened_nor_copied(world, tmp_pat
     assert not {path.suffix for path in (tmp_path / "run" / "model").iterdir()} & {".bin", ".pt"}
 
 
+def test_an_address_that_gives_no_model_is_named(refused):
+    line = refused("--config.model.path=hf://org/nowhere")  # tests are offline
+    assert line.startswith("model.path=hf://org/nowhere has no whole copy in ")
+    line = refused("--config.reference.mode=path", "--config.reference.path=s3://bucket/model")
+    assert line.startswith("reference.path=s3://bucket/model: s3:// is not read")
+    assert "tokenizer.path=hf://model is no model of the Hub" in refused("--config.tokenizer.path=hf://model")
+
+
 def test_weights_that_are_not_numbers_are_noticed_before_training(refused, tmp_path):
     model = worlds.make_model(tmp_path / "model")
     values = worlds.load_tensors(model)

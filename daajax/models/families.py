@@ -71,7 +71,8 @@ def read_architecture(path: str, option: str = "model.path") -> Architecture:
     if not pathlib.Path(path).is_dir():
         raise UserError(
             f"{option}={path!r} is not a directory; it must be a Hugging Face model directory "
-            "(config.json, *.safetensors, tokenizer.json). Download one with: "
+            "(config.json, *.safetensors, tokenizer.json). Name one of the Hub as "
+            f"hf://ORGANIZATION/{pathlib.Path(path).name}, or download it: "
             f"hf download ORGANIZATION/{pathlib.Path(path).name} --local-dir {path}"
         )
     if not file.is_file():
@@ -94,7 +95,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     reader = ConfigReader(dict(config))
     model_type = reader.choice("model_type", None, FAMILIES)
     if config.get("quantization_config"):
-        raise UserError("quantization_config says that the weights are quantized; take the model whose weights are floats.")
+        raise UserError(
+            "quantization_config says that the weights are quantized; take the model whose weights are floats."
+        )
     architecture = FAMILIES[model_type].architecture(reader)
     reader.finish()
     a = architecture
