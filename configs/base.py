@@ -85,7 +85,9 @@ def get_config() -> Any:
     config.tokenizer.path = optional_text()  # directory of the tokenizer, or as model.path; None: that
     config.chat = config_dict.ConfigDict()
     config.chat.template = optional_text()  # Jinja file or text; None: the tokenizer's own
-    config.chat.score = "last"  # which assistant turns are scored: last, or all (only with one response an example)
+    # which assistant turns are scored: last, or all (only with one response an example, and with a template that does
+    # not render earlier turns otherwise, as Qwen3's does)
+    config.chat.score = "last"
 
     config.data = data_options()  # what is learned from; data.path is required
     config.data.shuffle = True  # False: file order

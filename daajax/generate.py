@@ -18,6 +18,7 @@ from absl import flags
 from daajax import checkpoint, command, folder, output, prompts, run, sampling, sharding
 from daajax.config import DTYPES, resolve, restored, tokenizer_path
 from daajax.console import say
+from daajax.data.rows import Example
 from daajax.data.tokenizer import check_vocabulary, load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator, Samples, check_prompts
@@ -25,7 +26,6 @@ from daajax.models import directory
 from daajax.models.architecture import for_length
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
-from daajax.prompts import Prompt
 from daajax.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ USAGE = """usage: python -m daajax.generate --model=DIR --prompt=TEXT [--option=
   --workdir=DIR          instead of it, a run's folder: its latest checkpoint
   --step=N               or the checkpoint of that update; 0 is the model before training
   --prompt=TEXT          what to continue; may be given several times
-  --prompts=FILE         .jsonl or .jsonl.gz with a column `prompt`: text, or chat messages
+  --prompts=FILE         .jsonl or .jsonl.gz with a column `prompt`: text, or chat messages; beside these may be
+                         `tools` and `chat_template_kwargs`, as in training data
   --limit=N              only the first N prompts of the file
   --chat                 text prompts are a user's message, rendered with the chat template
   --chat_template=FILE   Jinja file instead of the tokenizer's own template
@@ -114,7 +115,7 @@ def generate(options: Options) -> None:
     tokenizer = load_tokenizer(model.tokenizer)
     check_vocabulary(tokenizer, architecture.vocab_size)
     asked = read_prompts(options)
-    if options.chat_template is not None and all(isinstance(prompt, str) for prompt in asked):
+    if options.chat_template is not None and all(isinstance(prompt.prompt, str) for prompt in asked):
         raise UserError("--chat_template was given but no prompt is chat; add --chat, or leave it out.")
     tokens, notices = prompts.tokenize(asked, tokenizer, options.chat_template or model.template)
     for notice in notices:
@@ -214,7 +215,7 @@ def stop_ids(path: str, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     return sorted(found)
 
 
-def read_prompts(options: Options) -> list[Prompt]:
+def read_prompts(options: Options) -> list[Example]:
     """The prompts of the command line or of the file.
 
     Raises:
@@ -226,19 +227,32 @@ def read_prompts(options: Options) -> list[Prompt]:
         raise UserError("--prompt and --prompts were both given; choose one.")
     if options.limit is not None and (options.prompts is None or options.limit < 1):
         raise UserError(f"--limit={options.limit}: an integer >= 1 is needed, together with --prompts.")
-    found = list(options.prompt) if options.prompts is None else prompts.read(options.prompts, options.limit)
-    return [[{"role": "user", "content": p}] if isinstance(p, str) and options.chat else p for p in found]
+    if options.prompts is None:
+        found = [Example(prompt, ()) for prompt in options.prompt]
+    else:
+        found = prompts.read(options.prompts, options.limit)
+    return [
+        dataclasses.replace(asked, prompt=[{"role": "user", "content": asked.prompt}])
+        if isinstance(asked.prompt, str) and options.chat
+        else asked
+        for asked in found
+    ]
 
 
 def rows_of(
-    asked: Sequence[Prompt], tokens: Sequence[Sequence[int]], samples: Samples, tokenizer: "PreTrainedTokenizerFast"
+    asked: Sequence[Example], tokens: Sequence[Sequence[int]], samples: Samples, tokenizer: "PreTrainedTokenizerFast"
 ) -> Iterator[dict[str, Any]]:
-    """One row a sample: `prompt`, `sample`, `response`, `logp` in nats, `tokens`, and whether it is `finished`."""
-    for index, (prompt, ids) in enumerate(zip(asked, tokens, strict=True)):
+    """One row a sample: `prompt`, `sample`, `response`, `logp` in nats, `tokens`, and whether it is `finished`.
+
+    Beside them are the prompt's `tools` and `chat_template_kwargs` if it has any.
+    """
+    for index, (example, ids) in enumerate(zip(asked, tokens, strict=True)):
+        given = {"tools": example.tools, "chat_template_kwargs": example.template_kwargs}
         for sample, length in enumerate(samples.lengths[index].tolist()):
             written = samples.tokens[index, sample, :length].tolist()
             yield {
-                "prompt": prompt,
+                "prompt": example.prompt,
+                **{name: value for name, value in given.items() if value},
                 "sample": sample,
                 "response": prompts.text_after(ids, written, tokenizer),
                 "logp": float(samples.logps[index, sample].sum(dtype="float64")),

@@ -1,26 +1,28 @@
 """Prompts for sampling: read from a file, tokenized as training would, and their responses as text again."""
 
 import collections
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from daajax.data.bad_rows import BadRow
+from daajax.data.chat import load_template
 from daajax.data.files import Address, json_rows
-from daajax.data.rows import Messages, parse
-from daajax.data.tokenization import Rendering, encode
-from daajax.data.tokenizer import chat_template, render
+from daajax.data.messages import CONTEXT
+from daajax.data.rendering import Rendering, render_prompt
+from daajax.data.rows import Example, parse
+from daajax.data.tokenization import encode
+from daajax.data.tokens import COUNTERS
 from daajax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Prompt = str | Messages
 
-
-def read(path: str, limit: int | None = None) -> list[Prompt]:
-    """The column `prompt` of a .jsonl or .jsonl.gz file.
+def read(path: str, limit: int | None = None) -> list[Example]:
+    """The prompts of a .jsonl or .jsonl.gz file: its column `prompt`, and `tools` and `chat_template_kwargs` beside it.
 
     Args:
         path: Of the file.
@@ -37,27 +39,28 @@ def read(path: str, limit: int | None = None) -> list[Prompt]:
     return found
 
 
-def _prompt_of(location: str, row: dict[str, Any] | BadRow) -> Prompt:
-    """A row's prompt."""
+def _prompt_of(location: str, row: dict[str, Any] | BadRow) -> Example:
+    """A row's prompt, as an example without responses."""
     if isinstance(row, BadRow):
         raise UserError(f"{location}: {row}; mend or remove the row.")
     if row.get("prompt") is None:
         raise UserError(f"{location}: no column `prompt`, there are {', '.join(row) or 'none'}.")
+    columns = {name: row[name] for name in ("prompt", *CONTEXT) if name in row}
     try:  # any response will do: it is the prompt that is checked
-        return parse({"prompt": row["prompt"], "response": "."}, location).prompt
+        return dataclasses.replace(parse(columns | {"response": "."}, location), responses=())
     except BadRow as reason:
         raise UserError(f"{location}: {reason}; mend or remove the row.") from None
 
 
 def tokenize(
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Example],
     tokenizer: "PreTrainedTokenizerFast",
     template: str | None = None,
 ) -> tuple[list[list[int]], list[str]]:
     """Prompts as training sees them: text behind what the tokenizer puts there, chat as its template renders it.
 
     Args:
-        prompts: Text or messages.
+        prompts: Their responses do not matter.
         tokenizer: From `load_tokenizer`.
         template: A Jinja file or its text; None: the tokenizer's own. Text needs none.
 
@@ -67,15 +70,17 @@ def tokenize(
     Raises:
         UserError: If a prompt cannot be rendered.
     """
-    chat = any(not isinstance(prompt, str) for prompt in prompts)
-    jinja, notices = chat_template(tokenizer, template) if chat else ("", [])
+    chat = any(not isinstance(prompt.prompt, str) for prompt in prompts)
+    loaded, notices = load_template(tokenizer, template) if chat else (None, [])
+    counters: collections.Counter[str] = collections.Counter()
     rendered = []
     for index, prompt in enumerate(prompts, start=1):
         try:
-            text = prompt if isinstance(prompt, str) else render(tokenizer, jinja, prompt, generation_prompt=True)
+            text = render_prompt(prompt, loaded, counters)
         except BadRow as reason:
             raise UserError(f"prompt {index}: {reason}.") from None
-        rendered.append(Rendering(text, (), chat=not isinstance(prompt, str)))
+        rendered.append(Rendering(text, (), chat=not isinstance(prompt.prompt, str)))
+    notices += [f"{count:,} {COUNTERS[name]}" for name, count in counters.items() if count]
     parts = encode(rendered, tokenizer, collections.Counter())
     # As a whole text it was given an EOS, which a prompt does not have.
     ids = [

@@ -10,6 +10,7 @@ import pytest
 
 from daajax import generate as command
 from daajax import prompts, run, sharding
+from daajax.data.rows import Example
 from daajax.data.tokenizer import load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator
@@ -111,7 +112,7 @@ def test_chat_is_rendered_with_the_template_up_to_the_answer(tmp_path, rows):
     worlds.save_tokenizer(model, chat_template=TEMPLATE)
     tokenizer = load_tokenizer(model)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the dog"}]
-    tokens, _ = prompts.tokenize([messages, "the dog"], tokenizer)
+    tokens, _ = prompts.tokenize([Example(messages, ()), Example("the dog", ())], tokenizer)
     wanted = "<s><system>be kind<user>the dog<assistant>"
     assert tokens[0] == tokenizer.backend_tokenizer.encode(wanted, add_special_tokens=False).ids
     assert tokens[0].count(tokenizer.bos_token_id) == 1
@@ -122,10 +123,33 @@ def test_chat_is_rendered_with_the_template_up_to_the_answer(tmp_path, rows):
     assert asked[0]["prompt"] == messages[1:]
 
 
+def test_tools_of_a_prompt_are_rendered_and_come_back(tmp_path, rows):
+    model = worlds.make_model(tmp_path / "model")
+    worlds.save_tokenizer(model, chat_template=TEMPLATE + "{% for t in tools or [] %}{{ t.name }} {% endfor %}{{ a }}")
+    prompt = [{"role": "user", "content": "the dog"}]
+    lines = [
+        {"prompt": prompt, "tools": [{"name": "bark"}], "chat_template_kwargs": {"a": "b", "c": 1}, "chosen": "x"},
+        {"prompt": prompt, "tools": json.dumps([{"name": "bark"}])},
+        {"prompt": prompt},
+    ]
+    file = worlds.write_rows(tmp_path / "prompts.jsonl", lines)
+    asked = prompts.read(str(file))
+    tokenizer = load_tokenizer(model)
+    tokens, notices = prompts.tokenize(asked, tokenizer)
+    texts = [tokenizer.decode(ids) for ids in tokens]
+    assert [text.count("bark") for text in texts] == [1, 1, 0]
+    assert notices == ["1 examples with chat_template_kwargs that the chat template does not know"]
+    found = rows(f"--prompts={file}", "--temperature=0", model=model)
+    assert [row.get("tools") for row in found] == [[{"name": "bark"}], [{"name": "bark"}], None]
+    assert [row.get("chat_template_kwargs") for row in found] == [{"a": "b", "c": 1}, None, None]
+
+
 def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(tmp_path, path):
     tokenizer = load_tokenizer(path)
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    (tokens,), _ = prompts.tokenize([[{"role": "user", "content": "a dog"}]], tokenizer, str(tmp_path / "mine.jinja"))
+    (tokens,), _ = prompts.tokenize(
+        [Example([{"role": "user", "content": "a dog"}], ())], tokenizer, str(tmp_path / "mine.jinja")
+    )
     assert tokens == tokenizer.backend_tokenizer.encode("[a dog]", add_special_tokens=False).ids
 
 

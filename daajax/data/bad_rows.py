@@ -1,6 +1,7 @@
 """Rows that cannot be used: why not, how many of them, and how many are tolerated."""
 
 import dataclasses
+from typing import Any
 
 from daajax.errors import UserError
 
@@ -42,3 +43,13 @@ class BadRows:
                 f"{self.reasons[0]}. {self.count} bad row(s), but {option}={self.tolerated}: "
                 f"mend or remove the row, or tolerate more with {option}"
             )
+
+
+def described(value: Any) -> str:
+    """A value in a message about it."""
+    return "missing" if value is None else f"{type(value).__name__} {shortened(repr(value))}"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, as one line that fits a message."""
+    return text if len(text) <= 60 else text[:60] + "…"

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daajax.data.bad_rows import BadRow
-from daajax.data.rows import described
+from daajax.data.bad_rows import BadRow, described
 from daajax.errors import UserError
 
 if TYPE_CHECKING:

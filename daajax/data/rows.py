@@ -1,6 +1,6 @@
 """What the columns of a data set mean: one row to a prompt and its K responses, as text or as chat messages.
 
-A row holds its responses in the first of these forms that it has; each is text or a list of messages (role, content):
+A row holds its responses in the first of these forms that it has; each is text or a list of `messages`:
 
     chosen, rejected         a pair; beside it may be `score_chosen` and `score_rejected`
     responses | completions  a list, best first; in any order where they are scored
@@ -14,7 +14,8 @@ responses are put in order, best first, equal ones as they came.
 
 The prompt is the column `prompt`, or `instruction` beside `completions`. A pair may do without: its prompt is what both
 conversations begin with, in whole messages or, for text, in whole turns of Anthropic's Human/Assistant form. `id` and
-`weight` are optional; null counts as absent. A list of objects may also come as an object of lists.
+`weight` are optional, and beside messages `tools` and `chat_template_kwargs`; null counts as absent. A list of objects
+may also come as an object of lists.
 """
 
 import dataclasses
@@ -26,9 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from daajax.data.bad_rows import BadRow
-
-Messages = list[dict[str, str]]
+from daajax.data.bad_rows import BadRow, described, shortened
+from daajax.data.messages import (
+    CONTEXT,
+    FIELDS,
+    Messages,
+    check_unicode,
+    says_nothing,
+    template_kwargs_of,
+    text_or_messages,
+    tools_of,
+)
 
 # The columns that hold a row's responses, and those that are read beside them.
 FORMS = {
@@ -42,7 +51,6 @@ FORMS = {
 LISTS = (("responses",), ("completions",))
 TEXTS = ("content", "text", "response")  # of an entry of a list
 SCORES = ("score", "overall_score")
-ROLES = ("system", "developer", "user", "assistant", "tool")
 FLOAT32_MAX = float(np.finfo(np.float32).max)  # weights and scores are kept as float32
 
 
@@ -59,6 +67,8 @@ class Example:
         scores: Of the responses, in any unit, the higher the better; finite. None: not scored.
         label: Whether a single response is wanted. None: not labelled.
         prompt_probability: Of a response to this prompt being wanted, in [0, 1]. None: not given.
+        tools: JSON schemas of the tools that the chat template prints. None: there are none.
+        template_kwargs: Further arguments of the chat template.
         oddities: Counters of `sources.Examples` that it adds to.
     """
 
@@ -70,6 +80,8 @@ class Example:
     scores: tuple[float, ...] | None = None
     label: bool | None = None
     prompt_probability: float | None = None
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     oddities: tuple[str, ...] = ()
 
 
@@ -84,13 +96,16 @@ def parse(row: dict[str, Any], location: str, name: str = "") -> Example:
     Raises:
         BadRow: If the row cannot be used.
     """
-    row = {column: _listed(value) for column, value in row.items() if value is not None}
+    row = _present(row)
     form = _form_of(row)
     if missing := [column for column in form if column not in row]:
         raise BadRow(f"no `{missing[0]}`; needed {' and '.join(f'`{column}`' for column in form)}")
     values, scores = _entries_of(row, form) if form in LISTS else ({n: row[n] for n in form}, _pair_scores(row))
     prompt, responses = _split_messages(row["messages"]) if form == ("messages",) else _split(row, form, values)
+    tools, template_kwargs = tools_of(row), template_kwargs_of(row)
     _check_parts(prompt, dict(zip(values, responses, strict=True)))
+    if isinstance(prompt, str) and (tools or template_kwargs):
+        raise BadRow(f"`{CONTEXT[0 if tools else 1]}` beside text; it is for chat messages, which a template renders")
     oddities = ["examples_with_later_turns"] if _has_later_turns(prompt, responses) else []
     if scores is not None and form in LISTS:
         ranked = sorted(zip(scores, responses, strict=True), key=lambda pair: -pair[0])  # stable
@@ -107,29 +122,36 @@ def parse(row: dict[str, Any], location: str, name: str = "") -> Example:
         scores=None if scores is None else tuple(scores),
         label=_label_of(row) if "label" in FORMS[form] else None,
         prompt_probability=_prompt_probability_of(row) if "prompt_probability" in FORMS[form] else None,
+        tools=tools,
+        template_kwargs=template_kwargs,
         oddities=tuple(oddities),
     )
 
 
 def unused_names(row: dict[str, Any]) -> list[str]:
     """What a good row holds beyond what an example needs."""
-    row = {column: _listed(value) for column, value in row.items() if value is not None}
+    row = _present(row)
     form = _form_of(row)
-    used = {"id", "weight", *form, *FORMS[form], _prompt_column(row, form)}
+    used = {"id", "weight", *CONTEXT, *form, *FORMS[form], _prompt_column(row, form)}
     names = [column for column in row if column not in used]
-    for column in used & row.keys():
-        fields = {"role", "content"}
+    for column in row.keys() & used - {*CONTEXT}:
+        fields = FIELDS
         for entry in row[column] if isinstance(row[column], list) else []:
             if isinstance(entry, dict):
                 if (column,) in LISTS:
-                    fields = {"role", _first(entry, TEXTS), _first(entry, SCORES)}
+                    message = FIELDS - {*TEXTS} if "role" in entry else set()
+                    fields = message | {_first(entry, TEXTS), _first(entry, SCORES)}
                 names += [f"{column}[].{field}" for field in entry if field not in fields and entry[field] is not None]
     return names
 
 
-def described(value: Any) -> str:
-    """A value in a message about it."""
-    return "missing" if value is None else f"{type(value).__name__} {_shortened(repr(value))}"
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's columns that are not null, lists as lists."""
+    return {
+        column: value if column == "chat_template_kwargs" else _listed(value)
+        for column, value in row.items()
+        if value is not None
+    }
 
 
 def _listed(value: Any) -> Any:
@@ -149,7 +171,7 @@ def _form_of(row: dict[str, Any]) -> tuple[str, ...]:
     columns = ", ".join(f"`{name}`" for name in row) or "none"
     raise BadRow(
         "no responses: needed `chosen` and `rejected`, `responses`, `completions`, `response`, `completion` or "
-        f"`messages`, got the columns {_shortened(columns)}"
+        f"`messages`, got the columns {shortened(columns)}"
     )
 
 
@@ -199,11 +221,11 @@ def _split(
     row: dict[str, Any], form: tuple[str, ...], values: dict[str, Any]
 ) -> tuple[str | Messages, Sequence[str | Messages]]:
     """A row's prompt and its responses, either all text or all messages."""
-    responses = [_text_or_messages(name, value) for name, value in values.items()]
+    responses = [text_or_messages(name, value) for name, value in values.items()]
     column = _prompt_column(row, form)
     if column not in row:
         return _split_pair(responses, form)
-    prompt = _text_or_messages(column, row[column])
+    prompt = text_or_messages(column, row[column])
     if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
         return prompt, responses
     if isinstance(prompt, str):
@@ -254,41 +276,10 @@ def split_turns(chosen: str, rejected: str) -> tuple[str, list[str]]:
 
 def _split_messages(value: Any) -> tuple[Messages, Sequence[str | Messages]]:
     """A conversation's prompt and its last message."""
-    messages = _text_or_messages("messages", value)
+    messages = text_or_messages("messages", value)
     if isinstance(messages, str):
         raise BadRow("`messages` is text, needed a list of messages")
     return messages[:-1], [messages[-1:]]
-
-
-def _text_or_messages(name: str, value: Any) -> str | Messages:
-    """Checks a column's type; of a message only role and content are kept."""
-    if isinstance(value, str):
-        _check_unicode(name, value)
-        return value
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"`{name}` is {described(value)}, needed text or a list of messages")
-    return [_message(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
-
-
-def _message(name: str, value: Any) -> dict[str, str]:
-    """Checks one message."""
-    if not isinstance(value, dict):
-        raise BadRow(f"`{name}` is {described(value)}, needed a message with `role` and `content`")
-    for field in ("role", "content"):
-        if not isinstance(value.get(field), str):
-            raise BadRow(f"`{name}` has {described(value.get(field))} as `{field}`, needed text")
-        _check_unicode(name, value[field])
-    if value["role"] not in ROLES:
-        raise BadRow(f"`{name}` has the role {_shortened(repr(value['role']))}, known are {', '.join(ROLES)}")
-    return {"role": value["role"], "content": value["content"]}
-
-
-def _check_unicode(name: str, text: str) -> None:
-    r"""Refuses half a surrogate pair, which JSON can spell (\ud800) and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"`{name}` holds half a surrogate pair at character {error.start}, which is no text") from None
 
 
 def _check_parts(prompt: str | Messages, responses: dict[str, str | Messages]) -> None:
@@ -301,7 +292,7 @@ def _check_parts(prompt: str | Messages, responses: dict[str, str | Messages]) -
         roles = [entry["role"] for entry in response] if isinstance(response, list) else ["assistant"]
         if not roles or roles[0] != "assistant" or roles[-1] != "assistant":
             raise BadRow(f"`{name}` does not begin and end in an assistant message after the prompt")
-        if not (response if isinstance(response, str) else response[-1]["content"]).strip():
+        if says_nothing(response):
             raise BadRow(f"`{name}` is empty")
     for (name, response), (other, twin) in itertools.combinations(responses.items(), 2):
         if response == twin:
@@ -348,7 +339,7 @@ def _id_of(row: dict[str, Any], name: str) -> str:
     identity = row.get("id", "")
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise BadRow(f"`id` is {described(identity)}, needed text or an integer")
-    _check_unicode("id", str(identity))
+    check_unicode("id", str(identity))
     return str(identity) or name
 
 
@@ -357,9 +348,4 @@ def _has_later_turns(prompt: str | Messages, responses: Sequence[str | Messages]
     if isinstance(prompt, str):
         return prompt.startswith("\n\nHuman:") and any("\n\nHuman:" in text for text in responses)
     messages = [entry for response in responses if isinstance(response, list) for entry in response]
-    return any(entry["role"] == "user" for entry in messages)
-
-
-def _shortened(text: str) -> str:
-    """The beginning of a text, as one line that fits a message."""
-    return text if len(text) <= 60 else text[:60] + "…"
+    return any(entry["role"] != "assistant" for entry in messages)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from daajax.data.bad_rows import BadRow, BadRows
+from daajax.data.bad_rows import BadRow, BadRows, described
 from daajax.data.files import READERS, Address, Row, Rows, arrow_rows, find, json_rows, parquet_rows
-from daajax.data.rows import Example, described, parse, unused_names
+from daajax.data.rows import Example, parse, unused_names
 from daajax.errors import UserError, one_line
 
 JSONL = (".jsonl", ".jsonl.gz")

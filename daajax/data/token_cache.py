@@ -20,13 +20,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from daajax.data import tokens
+from daajax.data.chat import template_text
 from daajax.data.sources import Source, open_source
 from daajax.data.tokenization import tokenize
-from daajax.data.tokenizer import TOKENIZER_FILES, check_vocabulary, load_tokenizer, template_text
+from daajax.data.tokenizer import TOKENIZER_FILES, check_vocabulary, load_tokenizer
 from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 
-FORMAT = 3  # raise it whenever the same rows would become other arrays
+FORMAT = 4  # raise it whenever the same rows would become other arrays
 ARRAYS = (*tokens.ARRAYS, "starts", "id_text", "id_starts")  # the files of an entry, beside `tokens.COLUMNS`
 
 
@@ -61,7 +62,7 @@ def tokenized(
         max_length: See `tokenization.Limits`.
         max_prompt_length: See `tokenization.Limits`.
         truncation: See `tokenization.Limits`.
-        template: See `tokenizer.chat_template`.
+        template: See `chat.load_template`.
         score: See `tokenize`.
         limit: See `sources.read`.
         max_bad_rows: See `sources.read`; tokenization continues the account.

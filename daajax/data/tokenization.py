@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from daajax.data.bad_rows import BadRow, BadRows
-from daajax.data.rows import Example, Messages
+from daajax.data.chat import ChatTemplate, load_template
+from daajax.data.rendering import Rendering, renderings
+from daajax.data.rows import Example
 from daajax.data.sources import Examples, check_count
-from daajax.data.tokenizer import chat_template, render
 from daajax.data.tokens import COUNTERS, UNLABELLED, Ids, TokenizedData, array_digest, digest, response_names
 from daajax.errors import UserError
 
@@ -62,21 +63,6 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendering:
-    """A response with its prompt as one string.
-
-    Attributes:
-        text: What is tokenized.
-        spans: Where scored text begins and ends, in characters, in order; the last one ends with the text.
-        chat: Whether a chat template made it, with all special tokens that it wants.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    chat: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Part:
     """A run of an example's tokens: a response with its prompt, the shared prompt, or the rest of a response."""
 
@@ -88,47 +74,6 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-def renderings(
-    example: Example, tokenizer: "PreTrainedTokenizerFast", template: str, *, score: str = "last"
-) -> list[Rendering]:
-    """An example's responses, each with the prompt before it.
-
-    Args:
-        example: Text or chat.
-        tokenizer: Knows the special tokens that templates print.
-        template: From `chat_template`; text needs none.
-        score: `last`: what follows the prompt is scored. `all`: so are the assistant's turns in the prompt.
-
-    Raises:
-        BadRow: If the template renders a beginning of the conversation otherwise than the whole.
-    """
-    if isinstance(example.prompt, str):
-        wholes = [f"{example.prompt}{response}" for response in example.responses]
-        return [Rendering(whole, ((len(example.prompt), len(whole)),), chat=False) for whole in wholes]
-
-    def length_of(messages: Messages, whole: str, *, generation_prompt: bool) -> int:
-        beginning = render(tokenizer, template, messages, generation_prompt=generation_prompt) if messages else ""
-        if not beginning or not whole.startswith(beginning):
-            raise BadRow(
-                f"the chat template renders the first {len(messages)} message(s) otherwise when more follow, so the "
-                "scored text has no certain beginning; set chat.template to one that only ever appends"
-            )
-        return len(beginning)
-
-    rendered = []
-    for response in example.responses:
-        messages = [*example.prompt, *response]
-        whole = render(tokenizer, template, messages, generation_prompt=False)
-        spans = []
-        for turn, entry in enumerate(example.prompt):
-            if score == "all" and entry["role"] == "assistant":
-                start = length_of(messages[:turn], whole, generation_prompt=True)
-                spans.append((start, length_of(messages[: turn + 1], whole, generation_prompt=False)))
-        spans.append((length_of(example.prompt, whole, generation_prompt=True), len(whole)))
-        rendered.append(Rendering(whole, tuple(spans), chat=True))
-    return rendered
 
 
 def encode(
@@ -148,6 +93,7 @@ def encode(
         UserError: If the tokenizer fails.
     """
     parts: dict[int, Part] = {}
+    greedy = {identity for identity, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
     for chat in (False, True):
         places = [place for place, rendering in enumerate(rendered) if rendering.chat is chat]
         texts = [rendered[place].text for place in places]
@@ -156,14 +102,18 @@ def encode(
         except Exception as error:  # tokenizers raises nothing narrower
             raise UserError(f"the tokenizer cannot encode the data ({error}); set tokenizer.path to another") from error
         for place, encoding in zip(places, encodings, strict=True):
-            parts[place] = _mark(rendered[place], encoding, tokenizer, counters)
+            parts[place] = _mark(rendered[place], encoding, tokenizer, greedy, counters)
     return [parts[place] for place in range(len(rendered))]
 
 
 def _mark(
-    rendering: Rendering, encoding: "Encoding", tokenizer: "PreTrainedTokenizerFast", counters: collections.Counter[str]
+    rendering: Rendering,
+    encoding: "Encoding",
+    tokenizer: "PreTrainedTokenizerFast",
+    greedy: set[int],
+    counters: collections.Counter[str],
 ) -> Part:
-    """One string's tokens, and which of them are scored."""
+    """One string's tokens, and which of them are scored; `greedy` ones take the spaces behind them."""
     added = encoding.special_tokens_mask  # 1: not from the text
     first = added.index(0) if 0 in added else len(added)
     last = len(added) - added[::-1].index(0) if 0 in added else len(added)
@@ -171,7 +121,10 @@ def _mark(
     scored = np.zeros(last, bool)
 
     def characters(token: int) -> tuple[int, int]:
-        return encoding.token_to_chars(token) or (0, 0)
+        start, stop = encoding.token_to_chars(token) or (0, 0)
+        if encoding.ids[token] in greedy:  # the spaces are not its own: those of a response do not make it one's
+            stop = start + len(rendering.text[start:stop].rstrip())
+        return start, stop
 
     for start, stop in rendering.spans:
         # Beginnings and ends of tokens ascend. The first scored one is the first that ends after `start`.
@@ -268,7 +221,7 @@ def tokenize(
         max_length: See `Limits`.
         max_prompt_length: See `Limits`.
         truncation: See `Limits`.
-        template: `chat.template`; see `chat_template`.
+        template: `chat.template`; see `load_template`.
         score: `chat.score`: `last`, or `all` assistant turns of conversations with one response.
 
     Raises:
@@ -278,7 +231,7 @@ def tokenize(
     rows = examples.examples
     chat = any(not isinstance(example.prompt, str) for example in rows)
     _check_score(score, rows, chat=chat)
-    jinja, notices = chat_template(tokenizer, template) if chat else ("", [])
+    loaded, notices = load_template(tokenizer, template) if chat else (None, [])
     if template is not None and not chat:
         notices.append("chat.template is not used: the data hold no chat messages")
     counters = collections.Counter(dict.fromkeys(COUNTERS, 0) | examples.counters)
@@ -286,7 +239,7 @@ def tokenize(
 
     kept: list[Example] = []
     parts: list[list[Part]] = []
-    for example, branches in _branches(rows, tokenizer, jinja, score, bad_rows, counters):
+    for example, branches in _branches(rows, tokenizer, loaded, score, bad_rows, counters):
         if pieces := cut(branches, limits, tokenizer, counters):
             kept.append(example)
             parts.append(pieces)
@@ -364,7 +317,7 @@ def _check_score(score: str, rows: Sequence[Example], *, chat: bool) -> None:
 def _branches(
     rows: Sequence[Example],
     tokenizer: "PreTrainedTokenizerFast",
-    jinja: str,
+    template: ChatTemplate | None,
     score: str,
     bad_rows: BadRows,
     counters: collections.Counter[str],
@@ -374,7 +327,7 @@ def _branches(
         rendered = []
         for example in rows[start : start + CHUNK]:
             try:
-                rendered.append((example, renderings(example, tokenizer, jinja, score=score)))
+                rendered.append((example, renderings(example, template, counters, score=score)))
             except BadRow as reason:
                 bad_rows.add(example.location or example.id, reason)
         encoded = iter(encode([rendering for _, group in rendered for rendering in group], tokenizer, counters))

@@ -25,7 +25,7 @@ COUNTERS = {
     "examples": "",
     "examples_kept": "",
     "bad_rows": "bad rows skipped",
-    "examples_with_later_turns": "examples with user turns inside a response, scored with it",
+    "examples_with_later_turns": "examples with user or tool turns inside a response, scored with it",
     "examples_sorted_by_score": "examples whose responses were put in order of their scores, best first",
     "pairs_scored_against_their_order": "pairs whose rejected response has the higher score: kept as they are",
     "dropped_prompt_too_long": "examples dropped: the prompt leaves no room for a response",
@@ -33,6 +33,8 @@ COUNTERS = {
     "truncated_prompts": "prompts cut to max_prompt_length",
     "eos_kept": "",  # responses that were not cut: they end in EOS, chat as its template ends
     "eos_in_text": "responses whose text brought its own EOS: one is kept",
+    "tools_not_rendered": "examples whose tools the chat template does not print",
+    "unknown_template_kwargs": "examples with chat_template_kwargs that the chat template does not know",
     "straddling_tokens": "tokens straddle the end of the prompt: scored",
     "unscored_first_tokens": "first tokens that nothing predicts: not scored",
     "double_bos_removed": "sequences with more than one BOS: one is kept",

@@ -211,6 +211,20 @@ def test_a_template_file_counts_by_its_content(run, tmp_path):
     assert second.digest != first.digest
 
 
+def test_tools_and_template_arguments_and_what_is_scored_make_other_entries(run):
+    template = "{{ tools }}{{ mood }}" + TEMPLATE
+    (run.tokenizer / "chat_template.jinja").write_text(template)
+    conversation = {"messages": [*CHAT["prompt"], {"role": "assistant", "content": "c"}] * 2}
+    found = []
+    for extra in ({}, {"tools": [{"name": "a"}]}, {"tools": [{"name": "b"}]}, {"chat_template_kwargs": {"mood": "a"}}):
+        run.path.write_text(json.dumps(conversation | extra))
+        found += [run(max_length=999), run(max_length=999, score="all")]
+        assert not hit(found[-1])
+        assert hit(run(max_length=999, score="all"))
+    assert len({data.digest for data in found}) == 8
+    assert len(list(run.cache.iterdir())) == 8
+
+
 def test_another_format_misses(run, monkeypatch):
     run()
     monkeypatch.setattr(token_cache, "FORMAT", token_cache.FORMAT + 1)
