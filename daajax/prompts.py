@@ -76,11 +76,12 @@ def tokenize(
     rendered = []
     for index, prompt in enumerate(prompts, start=1):
         try:
-            text = render_prompt(prompt, loaded, counters)
+            text, findings = render_prompt(prompt, loaded)
         except BadRow as reason:
             raise UserError(f"prompt {index}: {reason}.") from None
+        counters.update(findings)
         rendered.append(Rendering(text, (), chat=not isinstance(prompt.prompt, str)))
-    notices += [f"{count:,} {COUNTERS[name]}" for name, count in counters.items() if count]
+    notices += [f"{count:,} {COUNTERS[name]}" for name, count in sorted(counters.items())]
     parts = encode(rendered, tokenizer, collections.Counter())
     # As a whole text it was given an EOS, which a prompt does not have.
     ids = [

@@ -7,11 +7,12 @@ follows. A turn that they render otherwise is refused, and both renderings are s
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from daajax.data.bad_rows import BadRow
 from daajax.data.chat import ChatTemplate
@@ -44,13 +45,13 @@ def renderings(
     Args:
         example: Text or chat.
         template: From `load_template`; text needs none.
-        counters: See `render_prompt`.
+        counters: Counts what `render_prompt` finds, for responses too.
         score: `last`: what follows the prompt is scored. `all`: so are the assistant's turns in the prompt.
 
     Raises:
         BadRow: If the template cannot render it, or renders a scored turn otherwise than the model would write it.
     """
-    prompt = render_prompt(example, template, counters)
+    prompt, findings = render_prompt(example, template)
     if isinstance(example.prompt, str) or template is None:
         wholes = [f"{prompt}{response}" for response in example.responses]
         return [Rendering(whole, ((len(prompt), len(whole)),), chat=False) for whole in wholes]
@@ -67,33 +68,56 @@ def renderings(
                 span = _turn(messages, turn, whole, render, str(template.tokenizer.eos_token))
                 spans += [span] if turn < turns else []  # what follows the prompt is scored anyway
         rendered.append(Rendering(whole, (*spans, (begin, len(whole))), chat=True))
+        if _leaves_out(
+            messages, range(turns, len(messages)), whole, functools.partial(render, generation_prompt=False)
+        ):
+            findings.add("messages_not_rendered")
+    counters.update(findings)
     return rendered
 
 
-def render_prompt(example: Example, template: ChatTemplate | None, counters: collections.Counter[str]) -> str:
+def render_prompt(example: Example, template: ChatTemplate | None) -> tuple[str, set[str]]:
     """The prompt that the model is given when it answers.
 
     Args:
         example: Text or chat.
         template: From `load_template`; text needs none.
-        counters: Counts `tools_not_rendered` and `unknown_template_kwargs`.
+
+    Returns:
+        The prompt, and those of the counters `tools_not_rendered`, `messages_not_rendered` and
+        `unknown_template_kwargs` that it adds to.
 
     Raises:
         BadRow: If the template cannot render it.
     """
     if isinstance(example.prompt, str) or template is None:
-        return str(example.prompt)
-    template_kwargs = example.template_kwargs
-    prompt = template.render(
-        example.prompt, generation_prompt=True, tools=example.tools, template_kwargs=template_kwargs
-    )
-    if example.tools:
-        without = template.render(example.prompt, generation_prompt=True, template_kwargs=template_kwargs)
-        counters["tools_not_rendered"] += without == prompt
+        return str(example.prompt), set()
+    messages, names = example.prompt, example.template_kwargs
+    render = functools.partial(template.render, generation_prompt=True, template_kwargs=names)
+    prompt = render(messages, tools=example.tools)
     jinja = template.text_for_tools if example.tools else template.text
-    known = [re.search(rf"\b{re.escape(name)}\b", jinja) for name in template_kwargs]
-    counters["unknown_template_kwargs"] += not all(known)
-    return prompt
+    found = {
+        "tools_not_rendered": bool(example.tools) and render(messages) == prompt,
+        "messages_not_rendered": _leaves_out(
+            messages, range(len(messages)), prompt, functools.partial(render, tools=example.tools)
+        ),
+        "unknown_template_kwargs": not all(re.search(rf"\b{re.escape(name)}\b", jinja) for name in names),
+    }
+    return prompt, {name for name, happened in found.items() if happened}
+
+
+def _leaves_out(messages: Messages, places: Iterable[int], text: str, render: Callable[[Messages], str]) -> bool:
+    """Whether a template prints the same whatever some messages say: roles and calls that it does not know."""
+    for place in places:
+        entry = messages[place]
+        changed = [{"tool_calls": [{"name": "other", "function": {"name": "other"}}]}] if "tool_calls" in entry else []
+        if entry["role"] not in ("user", "assistant"):
+            changed.append({"content": f"{entry['content']} other"})
+        for change in changed:
+            with contextlib.suppress(BadRow):  # it did read that
+                if render([*messages[:place], entry | change, *messages[place + 1 :]]) == text:
+                    return True
+    return False
 
 
 def _turn(messages: Messages, turn: int, whole: str, render: Callable[..., str], eos_token: str) -> tuple[int, int]:

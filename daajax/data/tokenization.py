@@ -87,13 +87,18 @@ def encode(
     Args:
         rendered: What to tokenize.
         tokenizer: From `load_tokenizer`.
-        counters: Counts `straddling_tokens`, `double_bos_removed`, `eos_in_text`, `unscored_first_tokens`.
+        counters: Counts `straddling_tokens`, `double_bos_removed`, `eos_in_text`, `responses_without_end`,
+            `unscored_first_tokens`.
 
     Raises:
         UserError: If the tokenizer fails.
     """
     parts: dict[int, Part] = {}
-    greedy = {identity for identity, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
+    special = tokenizer.added_tokens_decoder
+    greedy = {identity for identity, token in special.items() if token.rstrip}
+    ends = tuple(token.content for token in special.values() if token.special)
+    chats = [rendering.text for rendering in rendered if rendering.chat and rendering.spans]
+    counters["responses_without_end"] += sum(not chat.rstrip().endswith(ends) for chat in chats)
     for chat in (False, True):
         places = [place for place, rendering in enumerate(rendered) if rendering.chat is chat]
         texts = [rendered[place].text for place in places]

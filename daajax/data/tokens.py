@@ -32,8 +32,10 @@ COUNTERS = {
     "dropped_too_long": "examples dropped: longer than the limits",
     "truncated_prompts": "prompts cut to max_prompt_length",
     "eos_kept": "",  # responses that were not cut: they end in EOS, chat as its template ends
+    "responses_without_end": "responses of chats that no special token ends: nothing teaches the model to stop there",
     "eos_in_text": "responses whose text brought its own EOS: one is kept",
     "tools_not_rendered": "examples whose tools the chat template does not print",
+    "messages_not_rendered": "examples with messages or calls of tools that the chat template does not print",
     "unknown_template_kwargs": "examples with chat_template_kwargs that the chat template does not know",
     "straddling_tokens": "tokens straddle the end of the prompt: scored",
     "unscored_first_tokens": "first tokens that nothing predicts: not scored",

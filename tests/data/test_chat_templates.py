@@ -166,7 +166,8 @@ def test_the_prompt_is_the_generation_prompt_and_the_answer_is_scored(tokenizers
         bos = tokenizer.bos_token_id
         if bos is not None and family != "llama2":  # which writes one before every turn
             assert prompt[1:].count(bos) == (wanted.count(tokenizer.eos_token) - 1 if family == "olmo2" else 0)
-        assert data.counters["double_bos_removed"] == 0
+        assert data.counters["double_bos_removed"] == data.counters["messages_not_rendered"] == 0
+        assert data.counters["responses_without_end"] == (2 if family == "nemotron" else 0)
 
     check()
 
@@ -397,7 +398,8 @@ AS_TEXT = CALL | {"function": CALL["function"] | {"arguments": '{"city": "Bern"}
 )
 def test_tools_come_through_every_source_and_form_the_same(tokenizers, rows, name, row):
     tokenizer = tokenizers(*ENDS["qwen3"])
-    examples = rows(name, [row, PLAIN])
+    other = PLAIN | {"tools": [TOOL | {"function": {"name": "sun", "parameters": {"properties": {"day": {"a": 1}}}}}]}
+    examples = rows(name, [row, PLAIN, other if isinstance(row["tools"], list) else PLAIN])
     data = tokenize(examples, tokenizer, max_length=9999, template=str(FOLDER / "qwen3.jinja"))
     wanted = rendered(tokenizer, "qwen3", ROW["prompt"], tools=[TOOL], add_generation_prompt=True)
     assert tokenizer.decode(parts_of(data)[0]) == wanted
@@ -431,6 +433,40 @@ def test_what_a_template_leaves_out_is_counted_and_said(tokenizers):
     lines = summary(tokenized(tokenizer, "zephyr", [USER], [YES], **given).counters)
     assert "1 examples whose tools the chat template does not print" in lines
     assert "1 examples with chat_template_kwargs that the chat template does not know" in lines
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "response"),
+    [
+        ("phi3", [USER, CALLING, RESULT], [YES]),  # prints neither calls nor results
+        ("zephyr", [USER], [CALLING]),
+        ("zephyr", [USER], [CALLING, RESULT, YES]),
+        ("qwen2_5", [SYSTEM | {"role": "developer"}, USER], [YES]),
+        ("smollm3", [USER, YES, SYSTEM, USER], [YES]),  # no system message but the first
+    ],
+)
+def test_messages_that_a_template_leaves_out_are_counted_and_said(tokenizers, family, prompt, response):
+    data = tokenized(tokenizers(*ENDS[family]), family, prompt, response)
+    said = "1 examples with messages or calls of tools that the chat template does not print"
+    assert said in summary(data.counters)
+
+
+def test_a_trajectory_of_calls_and_results_is_scored_whole_and_counted(tokenizers, rows):
+    tokenizer = tokenizers(*ENDS["qwen2_5"])
+    examples = rows("jsonl", [PLAIN | {"chosen": [CALLING, RESULT, YES], "tools": [TOOL]}])
+    assert examples.counters["examples_with_later_turns"] == 1
+    data = tokenize(examples, tokenizer, max_length=9999, template=str(FOLDER / "qwen2_5.jinja"))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call><|im_end|>\n'
+    result = "<|im_start|>user\n<tool_response>\n21 degrees\n</tool_response><|im_end|>\n"
+    assert scored_text(tokenizer, data) == f"{call}{result}<|im_start|>assistant\nyes, warm<|im_end|>\n"
+    assert data.counters["messages_not_rendered"] == 0
+
+
+def test_score_all_scores_calls_but_not_their_results(tokenizers):
+    tokenizer = tokenizers(*ENDS["qwen2_5"])
+    data = tokenized(tokenizer, "qwen2_5", [USER, CALLING, RESULT], [YES], tools=[TOOL], score="all")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call><|im_end|>\n'
+    assert scored_text(tokenizer, data) == f"{call}yes, warm<|im_end|>\n"
 
 
 def test_a_template_for_tools_takes_over_where_there_are_tools(tmp_path, tokenizers):
