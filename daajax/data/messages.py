@@ -100,7 +100,10 @@ def _tool_calls(name: str, value: Any) -> list[dict[str, Any]]:
             raise BadRow(f"`{name}[{place}]` is {described(call)}, needed a call with a `function` that has a `name`")
         if isinstance(function.get("arguments"), str):
             # Templates print an object as JSON, and would print JSON as quoted text.
-            arguments = {"arguments": _parsed(f"{name}[{place}]", function["arguments"])}
+            parsed = _parsed(f"{name}[{place}].arguments", function["arguments"] or "{}")
+            if not isinstance(parsed, dict):
+                raise BadRow(f"`{name}[{place}].arguments` is {described(parsed)}, needed an object")
+            arguments = {"arguments": parsed}
             call = call | ({"function": function | arguments} if "function" in call else arguments)
         check_unicode(name, json.dumps(call, ensure_ascii=False, default=str))
         calls.append(call)
@@ -116,10 +119,11 @@ def _given(column: str, row: dict[str, Any], absent: Any) -> Any:
 
 
 def _parsed(name: str, text: str) -> Any:
+    """What JSON says."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise BadRow(f"`{name}` is text but not JSON ({error}): {shortened(text)}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"`{name}` is text but not JSON ({error}): {shortened(repr(text))}") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from daajax.data.bad_rows import BadRow
 from daajax.data.chat import ChatTemplate
@@ -107,12 +108,16 @@ def render_prompt(example: Example, template: ChatTemplate | None) -> tuple[str,
 
 
 def _leaves_out(messages: Messages, places: Iterable[int], text: str, render: Callable[[Messages], str]) -> bool:
-    """Whether a template prints the same whatever some messages say: roles and calls that it does not know."""
+    """Whether a template prints the same whatever some messages say: it does not know their role, or calls of tools."""
     for place in places:
         entry = messages[place]
-        changed = [{"tool_calls": [{"name": "other", "function": {"name": "other"}}]}] if "tool_calls" in entry else []
-        if entry["role"] not in ("user", "assistant"):
-            changed.append({"content": f"{entry['content']} other"})
+        said = entry.get("content", "")
+        changed: list[dict[str, Any]] = []
+        if "tool_calls" in entry:
+            changed.append({"tool_calls": [{"name": "other", "function": {"name": "other"}}]})
+        by_chance = len(said) < SHOWN and entry["role"] not in ("user", "assistant")  # as "21" is in a date
+        if by_chance or said.strip() not in text:
+            changed.append({"content": f"{said} other"})
         for change in changed:
             with contextlib.suppress(BadRow):  # it did read that
                 if render([*messages[:place], entry | change, *messages[place + 1 :]]) == text:

@@ -122,12 +122,13 @@ def _mark(
     added = encoding.special_tokens_mask  # 1: not from the text
     first = added.index(0) if 0 in added else len(added)
     last = len(added) - added[::-1].index(0) if 0 in added else len(added)
-    tokens = np.array(encoding.ids[:last], np.int32)
+    ids = encoding.ids  # made anew whenever it is asked for
+    tokens = np.array(ids[:last], np.int32)
     scored = np.zeros(last, bool)
 
     def characters(token: int) -> tuple[int, int]:
         start, stop = encoding.token_to_chars(token) or (0, 0)
-        if encoding.ids[token] in greedy:  # the spaces are not its own: those of a response do not make it one's
+        if ids[token] in greedy:  # the spaces are not its own: those of a response do not make it one's
             stop = start + len(rendering.text[start:stop].rstrip())
         return start, stop
 

@@ -41,12 +41,13 @@ ANSWERS = {
     "phi4_mini": lambda text: text + "<|end|><|endoftext|>",
     "qwen2_5": lambda text: text + "<|im_end|>\n",
     "qwen3": lambda text: "<think>\n\n</think>\n\n" + text.lstrip("\n") + "<|im_end|>\n",
+    "qwen3_training": lambda text: "<think>\n\n</think>\n\n" + text.lstrip("\n") + "<|im_end|>\n",
     "smollm2": lambda text: text + "<|im_end|>\n",
     "smollm3": lambda text: text.lstrip("\n") + "<|im_end|>\n",
     "zephyr": lambda text: text + "</s>\n",
 }
 CLOSING = ("phi3", "phi4_mini")  # with EOS behind the last turn only
-TOOLS_PRINTED = ("llama3_1", "llama3_2", "mistral_v3", "nemotron", "qwen2_5", "qwen3", "smollm3")
+TOOLS_PRINTED = ("llama3_1", "llama3_2", "mistral_v3", "nemotron", "qwen2_5", "qwen3", "qwen3_training", "smollm3")
 WITHOUT_SYSTEM = ("gemma2", "mistral_v3")  # refuse one, or lose it once an answer follows
 SPECIALS = (
     *("<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|begin_of_text|>", "<|start_header_id|>"),
@@ -60,7 +61,7 @@ ENDS = {  # (BOS, EOS) of a family's tokenizer
     **dict.fromkeys(("llama2", "mistral_v1", "mistral_v3", "nemotron", "zephyr"), ("<s>", "</s>")),
     "olmo2": ("<|endoftext|>", "<|endoftext|>"),
     **dict.fromkeys(("phi3", "phi4_mini"), ("<s>", "<|endoftext|>")),
-    **dict.fromkeys(("phi4", "qwen2_5", "qwen3", "smollm2", "smollm3"), (None, "<|im_end|>")),
+    **dict.fromkeys(("phi4", "qwen2_5", "qwen3", "qwen3_training", "smollm2", "smollm3"), (None, "<|im_end|>")),
 }
 TOOL = {
     "type": "function",
@@ -117,9 +118,8 @@ def rendered(tokenizer, family, messages, **arguments):
 
 
 def tokenized(tokenizer, family, *row, score="last", **fields):
-    return tokenize(
-        examples_of(row, **fields), tokenizer, max_length=100_000, template=str(FOLDER / f"{family}.jinja"), score=score
-    )
+    template = str(FOLDER / f"{family}.jinja") if family in ANSWERS else family
+    return tokenize(examples_of(row, **fields), tokenizer, max_length=100_000, template=template, score=score)
 
 
 def scored_text(tokenizer, data, response=1):
@@ -443,10 +443,11 @@ def test_what_a_template_leaves_out_is_counted_and_said(tokenizers):
         ("zephyr", [USER], [CALLING, RESULT, YES]),
         ("qwen2_5", [SYSTEM | {"role": "developer"}, USER], [YES]),
         ("smollm3", [USER, YES, SYSTEM, USER], [YES]),  # no system message but the first
+        ("{% for m in messages %}{{ m.content[0].text }}|{% endfor %}", [USER], [YES]),  # for images, texts in parts
     ],
 )
 def test_messages_that_a_template_leaves_out_are_counted_and_said(tokenizers, family, prompt, response):
-    data = tokenized(tokenizers(*ENDS[family]), family, prompt, response)
+    data = tokenized(tokenizers(*ENDS.get(family, (None, "<eos>"))), family, prompt, response)
     said = "1 examples with messages or calls of tools that the chat template does not print"
     assert said in summary(data.counters)
 
@@ -501,8 +502,14 @@ def test_a_template_for_tools_takes_over_where_there_are_tools(tmp_path, tokeniz
         ({"prompt": [USER, CALLING | {"tool_calls": [{"id": "x"}]}, RESULT]}, "needed a call with a `function`"),
         (
             {"prompt": [USER, {"role": "assistant", "tool_calls": [{"name": "x", "arguments": "{"}]}, RESULT]},
-            r"tool_calls\[0\]` is text but not JSON",
+            r"tool_calls\[0\].arguments` is text but not JSON",
         ),
+        (
+            {"prompt": [USER, {"role": "assistant", "tool_calls": [{"name": "x", "arguments": "[1]"}]}, RESULT]},
+            r"tool_calls\[0\].arguments` is list \[1\], needed an object",
+        ),
+        ({"tools": "[" * 100_000}, "`tools` is text but not JSON"),
+        ({"tools": "a\nb"}, "`tools` is text but not JSON"),
         ({"prompt": [USER, {"role": "assistant"}, RESULT]}, "missing as `content`"),
         ({"prompt": [USER, YES, RESULT | {"tool_call_id": 3}]}, "int 3 as `tool_call_id`"),
         ({"chosen": [{"role": "assistant", "content": " "}]}, "`chosen` is empty"),
