@@ -270,6 +270,7 @@ def torch_model(path: str, dtype: str = "float64") -> Any:
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # tiny products: more threads only wait for one another
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
@@ -321,7 +322,7 @@ def compute(name: str, folder: pathlib.Path) -> dict[str, Any]:
     if "num_experts_per_tok" in config:
         loss = torch_router_loss(model, config)
         loss.backward()
-        values["router_loss"] = float(loss)
+        values["router_loss"] = float(loss.detach())
         found = gradients(model, folder / "gradients")
         values["router_gradients"] = {key: summarize(key, value) for key, value in found.items()}
     return values

@@ -91,5 +91,6 @@ def test_fresh_parameters_load_in_transformers(tmp_path, name):
     params = decoder.init_params(model, jax.random.key(0))
     weights.save(str(tmp_path / "saved"), params, architecture, model_path=path, tokenizer_path=path)
     loaded = oracle.torch_model(str(tmp_path / "saved"), "float32")
-    np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach().numpy(), params["embed_tokens"])
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == architecture.tie_word_embeddings
+    embedding = loaded.get_input_embeddings().weight
+    np.testing.assert_array_equal(embedding.detach().numpy(), params["embed_tokens"])
+    assert (loaded.get_output_embeddings().weight is embedding) == architecture.tie_word_embeddings
