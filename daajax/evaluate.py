@@ -160,7 +160,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     where = pathlib.Path(workdir)
     terms = bind(losses(config))
     config, _ = run.fetch_models(config, folder.read_revisions(where))
-    architecture = read_architecture(config.model.path)
+    architecture = read_architecture(config.model.path, length=config.max_length)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     saved = checkpoint.Checkpoints(where)
     step = saved.choose(step)

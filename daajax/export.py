@@ -31,7 +31,7 @@ def export(config: Config, workdir: str, step: int | None = None, output: str | 
     if target.exists():
         raise UserError(f"--output={target} exists; name another directory, or remove it.")
     config, _ = run.fetch_models(config, folder.read_revisions(pathlib.Path(workdir)))
-    architecture = read_architecture(config.model.path)
+    architecture = read_architecture(config.model.path, length=config.max_length)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     scorer = run.make_scorer(config, architecture, mesh)
     params = run.params_at(config, saved, step, scorer, mesh)

@@ -23,7 +23,7 @@ from daajax.data.tokenizer import check_vocabulary, load_tokenizer
 from daajax.errors import UserError
 from daajax.generator import Generator, Samples, check_prompts
 from daajax.models import directory
-from daajax.models.architecture import for_length
+from daajax.models.architecture import describe_rope, for_length
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.scoring import Scorer
@@ -91,6 +91,7 @@ class Model:
         dtype: Compute dtype.
         param_dtype: Dtype of its parameters.
         load: Brings the parameters that a scorer scores with onto a mesh.
+        length: Tokens of the longest sequence that it was trained on; 0: nobody knows.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Model:
     dtype: str
     param_dtype: str
     load: Callable[[Scorer, Any], Params]
+    length: int = 0
 
 
 def generate(options: Options) -> None:
@@ -121,7 +123,9 @@ def generate(options: Options) -> None:
     for notice in notices:
         say(notice)
     check_prompts(tokens, architecture, options.max_tokens)
-    architecture = for_length(architecture, max(map(len, tokens)) + options.max_tokens)
+    architecture = for_length(architecture, max(model.length, max(map(len, tokens)) + options.max_tokens))
+    for line in describe_rope(architecture):
+        say(line)
     stops = stop_ids(model.path, tokenizer)
     file = None if options.output is None else pathlib.Path(options.output)
     if file is not None:
@@ -187,6 +191,7 @@ def model_of_run(options: Options) -> Model:
         config.model.dtype if options.dtype == "auto" else options.dtype,
         config.model.param_dtype,
         functools.partial(run.params_at, config, saved, step),
+        config.max_length,
     )
 
 

@@ -26,7 +26,7 @@ def precompute(config: Config, workdir: str = "") -> None:
         raise UserError("config.reference.mode='none': this run reads no reference, there is nothing to precompute.")
     terms = bind(losses(config))
     config, _ = run.fetch_models(config)
-    architecture = read_architecture(config.model.path)
+    architecture = read_architecture(config.model.path, length=config.max_length)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     if why := run.why_live(config, terms):
         raise UserError(f"the reference stays in memory beside the policy ({why}): there is nothing to precompute.")

@@ -20,7 +20,7 @@ from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
 from daajax.losses.terms import Needs, Term, initial_state
 from daajax.models import decoder, directory, weights
-from daajax.models.architecture import Architecture, for_length
+from daajax.models.architecture import Architecture
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.scoring import Batch, Scorer
@@ -61,10 +61,10 @@ def make_scorer(config: Config, architecture: Architecture, mesh: Any) -> Scorer
     """The scoring function of a model on a mesh.
 
     Raises:
-        UserError: If the model has no positions for `max_length`, or the mesh cuts its heads into unequal parts.
+        UserError: If the mesh cuts the heads into unequal parts.
     """
     return Scorer.make(
-        for_length(architecture, config.max_length),
+        architecture,
         mesh,
         attention="blockwise" if config.attention == "auto" else config.attention,
         remat=config.remat,
@@ -187,7 +187,8 @@ def make_reference_scorer(config: Config, scorer: Scorer, terms: Sequence[Term],
     """
     if config.reference.mode != "path":
         return scorer
-    architecture, own = read_architecture(config.reference.path, "reference.path"), scorer.model.architecture
+    architecture = read_architecture(config.reference.path, "reference.path", length=config.max_length)
+    own = scorer.model.architecture
     if architecture.vocab_size < own.vocab_size or (Needs.of(terms).live and architecture.vocab_size > own.vocab_size):
         raise UserError(
             f"reference.path={config.reference.path} has a vocabulary of {architecture.vocab_size}, the policy's is "

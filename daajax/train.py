@@ -22,6 +22,7 @@ from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
 from daajax.losses.terms import Needs, bind
 from daajax.models import weights
+from daajax.models.architecture import describe_rope
 from daajax.models.decoder import Params, parameter_count
 from daajax.models.families import read_architecture
 from daajax.optimizer import make_optimizer, make_schedule
@@ -54,9 +55,9 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     terms = bind(losses(config))
     asked = config
     config, revisions = run.fetch_models(asked, folder.read_revisions(where))
-    architecture = read_architecture(config.model.path)
+    architecture = read_architecture(config.model.path, length=config.max_length)
     if config.reference.path is not None:  # before minutes are spent on the data
-        read_architecture(config.reference.path, "reference.path")
+        read_architecture(config.reference.path, "reference.path", length=config.max_length)
     if config.model.router_aux_loss_coef and architecture.experts is None:
         raise UserError(
             f"config.model.router_aux_loss_coef={config.model.router_aux_loss_coef} but {config.model.path} has no "
@@ -91,7 +92,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, {config.model.param_dtype}, "
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"
     )
-    for line in sharding.describe(shapes, param_shardings):
+    for line in [*describe_rope(architecture), *sharding.describe(shapes, param_shardings)]:
         say(f"model: {line}")
 
     # ------------------------------------------------------------------ the compiled update, before minutes are spent

@@ -115,6 +115,7 @@ def _leaves_out(messages: Messages, places: Iterable[int], text: str, render: Ca
         changed: list[dict[str, Any]] = []
         if "tool_calls" in entry:
             changed.append({"tool_calls": [{"name": "other", "function": {"name": "other"}}]})
+        changed += [{name: f"{entry[name]} other"} for name in ("reasoning_content", "thinking") if entry.get(name)]
         by_chance = len(said) < SHOWN and entry["role"] not in ("user", "assistant")  # as "21" is in a date
         if by_chance or said.strip() not in text:
             changed.append({"content": f"{said} other"})

@@ -163,16 +163,30 @@ def for_length(architecture: Architecture, length: int) -> Architecture:
     """
     a = architecture
     if a.learned_positions and length > a.max_position_embeddings:
-        raise UserError(f"the model has {a.max_position_embeddings} learned positions; {length} tokens do not fit.")
+        raise UserError(
+            f"the model has {a.max_position_embeddings} learned positions, {length} tokens do not fit; "
+            f"lower max_length to {a.max_position_embeddings}."
+        )
     kinds = []
     for kind in a.kinds:
         rope = kind.rope
         if rope is not None and rope.rope_type == "dynamic" and length > a.max_position_embeddings:
             raise UserError(
                 f"rope_type 'dynamic' turns every length beyond {a.max_position_embeddings} tokens differently, which "
-                f"is not supported; at most {a.max_position_embeddings} tokens, not {length}."
+                f"is not supported for {length} tokens; lower max_length to {a.max_position_embeddings}."
             )
         if rope is not None and rope.rope_type == "longrope":
             rope = dataclasses.replace(rope, is_long=length > rope.original_max_position_embeddings)
         kinds.append(dataclasses.replace(kind, rope=rope))
     return dataclasses.replace(a, kinds=tuple(kinds))
+
+
+def describe_rope(architecture: Architecture) -> list[str]:
+    """Lines that say which of two sets of rotary frequencies is in force, where there are two."""
+    ropes = dict.fromkeys(kind.rope for kind in architecture.kinds)
+    return [
+        f"rotary embedding with the {'long' if rope.is_long else 'short'} factors of longrope for every sequence; the "
+        f"original context is {rope.original_max_position_embeddings} tokens"
+        for rope in ropes
+        if rope is not None and rope.rope_type == "longrope"
+    ]

@@ -11,13 +11,16 @@ from daajax.errors import UserError
 # Keys that do not change what the decoder computes. Dropout is among them: alignment is deterministic here. So is
 # what a router loss weighs: that is an option of the run.
 _IRRELEVANT = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
-    attn_implementation attn_pdrop auto_map bos_token_id cache_implementation chunk_size_feed_forward
-    classifier_dropout do_sample dtype embd_pdrop eos_token_id hidden_dropout id2label initializer_range
-    is_decoder is_encoder_decoder label2id max_length max_position_embeddings model_type output_attentions
-    output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop return_dict
-    router_aux_loss_coef task_specific_params temperature tokenizer_class top_k top_p torch_dtype
-    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()  # noqa: SIM905
+    """_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures
+    attention_dropout attention_probs_dropout_prob attn_implementation attn_pdrop auto_map bos_token_id
+    cache_implementation chunk_size_feed_forward classifier_dropout decoder_start_token_id do_sample dtype
+    embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout hidden_dropout_prob id2label
+    is_composition is_decoder is_encoder_decoder is_llama_config label2id max_length model_type n_special
+    neftune_noise_alpha num_labels output_attentions output_hidden_states output_past output_router_logits
+    pad_token_id predict_special_tokens prefix pretraining_tp problem_type resid_pdrop return_dict
+    router_aux_loss_coef sep_token_id task_specific_params temperature tie_encoder_decoder tokenizer_class top_k
+    top_p torch_dtype torchscript transformers.js_config transformers_version unk_token_id unsloth_fixed
+    unsloth_version use_bfloat16 use_cache""".split()  # noqa: SIM905
 )
 
 
@@ -51,11 +54,11 @@ class ConfigReader:
         value = self._config.pop(key, None)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A positive integer, or one from `least` on."""
         value = self.take(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{key} is {value!r}; a positive integer is needed.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{key} is {value!r}; {'a positive integer' if least else 'an integer >= 0'} is needed.")
         return value
 
     def nullable_integer(self, key: str, *, absent: int | None) -> int | None:
@@ -104,8 +107,11 @@ class ConfigReader:
     def words(self, key: str, default: list[str], choices: Collection[str]) -> list[str]:
         """A word for each of several things, as many as the default has."""
         values = self.take(key, default)
-        if not isinstance(values, list) or len(values) != len(default) or any(value not in choices for value in values):
-            raise UserError(f"{key} is {values!r}; a list of {len(default)} is needed, each of {sorted(choices)}.")
+        if not isinstance(values, list) or len(values) != len(default):
+            got = f"has {len(values)} entries" if isinstance(values, list) else f"is {values!r}"
+            raise UserError(f"{key} {got}; a list of {len(default)} is needed, one a layer.")
+        if wrong := [value for value in values if value not in choices]:
+            raise UserError(f"{key} has {wrong[0]!r}; supported are {', '.join(sorted(choices))}.")
         return values
 
     def expect(self, key: str, supported: Any) -> None:
@@ -113,6 +119,11 @@ class ConfigReader:
         value = self.take(key, supported)
         if value != supported:
             raise UserError(f"{key}={value!r} is not supported, only {supported!r}.")
+
+    def same(self, key: str, value: Any, other: str) -> None:
+        """Refuses a second name of a value that says something else."""
+        if (found := self.take(key, value)) != value:
+            raise UserError(f"{key}={found!r} and {other}={value!r} disagree; make them the same, or remove one.")
 
     def ignore(self, *keys: str) -> None:
         """Takes keys that do not matter here."""

@@ -59,6 +59,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # names as in transformers
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,

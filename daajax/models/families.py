@@ -12,7 +12,7 @@ from typing import Any
 
 from daajax.errors import UserError
 from daajax.models import config_reader, gemma, gpt, llama
-from daajax.models.architecture import Architecture
+from daajax.models.architecture import Architecture, for_length
 from daajax.models.config_reader import ConfigReader
 from daajax.models.decoder import layer_parameters, outer_parameters
 from daajax.models.storage import Modules, Tensor
@@ -56,12 +56,13 @@ class Family:
         return {copy: original} if architecture.tie_word_embeddings else {}
 
 
-def read_architecture(path: str, option: str = "model.path") -> Architecture:
+def read_architecture(path: str, option: str = "model.path", *, length: int | None = None) -> Architecture:
     """The architecture of a model directory.
 
     Args:
         path: The directory.
         option: Which names it, for messages.
+        length: Tokens of the longest sequence, on which some rotary embeddings depend; None: it does not matter.
 
     Raises:
         UserError: If the directory or its `config.json` is missing or broken, or asks for something that is not
@@ -81,7 +82,8 @@ def read_architecture(path: str, option: str = "model.path") -> Architecture:
     if isinstance(config.get("model"), dict):
         raise UserError(f"{option}={path} is the folder of a run; the model that it made is in {path}/model.")
     try:
-        return architecture_of(config)
+        architecture = architecture_of(config)
+        return architecture if length is None else for_length(architecture, length)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -98,6 +100,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise UserError(
             "quantization_config says that the weights are quantized; take the model whose weights are floats."
         )
+    reader.expect("pruned_heads", {})
     architecture = FAMILIES[model_type].architecture(reader)
     reader.finish()
     a = architecture
@@ -106,9 +109,17 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             f"num_attention_heads={a.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={a.num_key_value_heads}."
         )
-    for kind in a.kinds:
-        if kind.rope is not None and int(a.head_dim * kind.rope.partial_rotary_factor) % 2:
-            raise UserError(f"head_dim={a.head_dim} is odd; rotary embedding needs an even one.")
+    for rope in (kind.rope for kind in a.kinds if kind.rope is not None):
+        width = int(a.head_dim * rope.partial_rotary_factor)
+        if width % 2 or not 0 < width <= a.head_dim:
+            raise UserError(
+                f"head_dim={a.head_dim} with partial_rotary_factor={rope.partial_rotary_factor:g} rotates {width} "
+                f"features of a head; an even number up to {a.head_dim} is needed."
+            )
+    if a.experts is not None and a.experts.num_experts_per_tok > a.experts.num_experts:
+        raise UserError(
+            f"num_experts_per_tok={a.experts.num_experts_per_tok} but there are {a.experts.num_experts} experts."
+        )
     return dataclasses.replace(architecture, model_type=model_type)
 
 

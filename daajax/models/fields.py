@@ -35,6 +35,9 @@ def read(
         act: Key of the activation, and its default.
     """
     heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    width = reader.integer("head_dim", head_dim or hidden // heads)
+    if width * heads != hidden and width == hidden // heads:
+        raise UserError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}; set head_dim.")
     return dict(
         model_type="",
         vocab_size=reader.integer("vocab_size"),
@@ -43,7 +46,7 @@ def read(
         num_hidden_layers=reader.integer("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=reader.nullable_integer("num_key_value_heads", absent=kv_heads) or heads,
-        head_dim=reader.integer("head_dim", head_dim or hidden // heads),
+        head_dim=width,
         max_position_embeddings=reader.integer("max_position_embeddings", positions),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", tied),
         initializer_range=reader.number("initializer_range", 0.02),
@@ -67,7 +70,7 @@ _ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "yarn": (
         set(),
         {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"}
-        | {"mscale_all_dim", "truncate"},
+        | {"mscale_all_dim", "truncate", "finetuned"},
     ),
     "longrope": ({"short_factor", "long_factor"}, {"factor", "original_max_position_embeddings", "attention_factor"}),
 }
@@ -87,8 +90,21 @@ def rope_parameters(
     given: dict[str, Any] = {"rope_theta": reader.take("rope_theta", theta)}
     if partial is not None:
         given["partial_rotary_factor"] = reader.take("partial_rotary_factor", partial)
-    given |= reader.table("rope_scaling") | reader.table("rope_parameters")
-    return rope_of(given, fields, partial=partial is not None)
+    return rope_of(given | stretched(reader), fields, partial=partial is not None)
+
+
+def stretched(reader: ConfigReader) -> dict[str, Any]:
+    """What `rope_parameters` say, or `rope_scaling`, as they were called before."""
+    older, newer = reader.table("rope_scaling"), reader.table("rope_parameters")
+    if wrong := sorted(key for key in set(older) & set(newer) if older[key] != newer[key]):
+        raise UserError(
+            f"{wrong[0]} is {older[wrong[0]]!r} in rope_scaling, {newer[wrong[0]]!r} in rope_parameters; make them "
+            "the same, or remove one."
+        )
+    found = older | newer
+    if "type" in found and found.setdefault("rope_type", found["type"]) != found["type"]:
+        raise UserError(f"rope_type {found['rope_type']!r} and type {found['type']!r} disagree; remove one.")
+    return {key: value for key, value in found.items() if key != "type"}
 
 
 def rope_of(given: dict[str, Any], fields: Mapping[str, Any], *, partial: bool = False) -> Rope:
@@ -103,8 +119,7 @@ def rope_of(given: dict[str, Any], fields: Mapping[str, Any], *, partial: bool =
         UserError: If a parameter is missing, unknown or out of place.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    rope_type = given.pop("rope_type", given.get("type", "default"))
-    given.pop("type", None)
+    rope_type = given.pop("rope_type", "default")
     if not isinstance(rope_type, str) or rope_type not in FREQUENCIES:
         raise UserError(f"rope_type {rope_type!r} is not supported; supported are {', '.join(sorted(_ROPE_KEYS))}.")
     needed, optional = _ROPE_KEYS[rope_type]
@@ -113,7 +128,7 @@ def rope_of(given: dict[str, Any], fields: Mapping[str, Any], *, partial: bool =
         raise UserError(
             f"rope_parameters of type {rope_type!r} need {sorted(needed)}; missing or extra: {sorted(wrong)}."
         )
-    own, positions, half = ConfigReader(given), fields["max_position_embeddings"], fields["head_dim"] // 2
+    own, positions = ConfigReader(given), fields["max_position_embeddings"]
     found = Rope(own.number("rope_theta"), rope_type, own.number("partial_rotary_factor", 1.0))
     if rope_type in ("linear", "dynamic", "llama3"):
         found = dataclasses.replace(found, factor=own.number("factor"))
@@ -161,8 +176,8 @@ def _yarn_attention(own: ConfigReader, factor: float) -> float:
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    mscale, over_all = own.take("mscale"), own.take("mscale_all_dim")
-    return scale(mscale) / scale(over_all) if mscale and over_all else scale(1.0)
+    of_factor, over_all = (own.nullable_number(key, absent=None) for key in ("mscale", "mscale_all_dim"))
+    return scale(of_factor) / scale(over_all) if of_factor and over_all else scale(1.0)
 
 
 def layers(

@@ -24,6 +24,7 @@ def _gemma_fields(reader: ConfigReader, *, act: str, kv_heads: int, positions: i
 def gemma(reader: ConfigReader) -> Architecture:
     """Gemma; defaults as in transformers' GemmaConfig, which takes gelu for its approximation."""
     known = _gemma_fields(reader, act="hidden_act", kv_heads=16, positions=8192)
+    reader.words("layer_types", ["full_attention"] * known["num_hidden_layers"], ("full_attention",))
     if known["hidden_act"] == "gelu":
         known["hidden_act"] = "gelu_pytorch_tanh"
     return Architecture(**known, kinds=(LayerKind(None, fields.rope_parameters(reader, known)),))
@@ -33,6 +34,7 @@ def gemma2(reader: ConfigReader) -> Architecture:
     """Gemma 2: every other layer slides; defaults as in transformers' Gemma2Config."""
     known = _gemma_fields(reader, act="hidden_activation", kv_heads=4, positions=8192)
     window, turn = reader.nullable_integer("sliding_window", absent=4096), fields.rope_parameters(reader, known)
+    reader.same("sliding_window_size", window, "sliding_window")
     slides = [layer % 2 == 0 for layer in range(known["num_hidden_layers"])]
     return Architecture(
         **known,
@@ -50,8 +52,8 @@ def gemma3(reader: ConfigReader) -> Architecture:
     window = reader.nullable_integer("sliding_window", absent=4096)
     every = reader.integer("sliding_window_pattern", reader.integer("_sliding_window_pattern", 6))
     near = {"rope_theta": reader.take("rope_local_base_freq", 10000.0)}
-    far = {"rope_theta": reader.take("rope_theta", 1e6)} | reader.table("rope_scaling")
     given = ConfigReader(reader.table("rope_parameters"))
+    far = {"rope_theta": reader.take("rope_theta", 1e6)} | fields.stretched(reader)
     near, far = near | given.table("sliding_attention"), far | given.table("full_attention")
     given.finish()
     slides = [(layer + 1) % every != 0 for layer in range(known["num_hidden_layers"])]

@@ -1,5 +1,6 @@
 """GPT-2, GPT-NeoX and Nemotron: LayerNorm, and no gate."""
 
+from daajax.errors import UserError
 from daajax.models import fields
 from daajax.models.architecture import Architecture, LayerKind, Norm
 from daajax.models.config_reader import ConfigReader
@@ -10,6 +11,7 @@ from daajax.models.storage import ATTENTION, MLP, Columns, Modules
 def nemotron(reader: ConfigReader) -> Architecture:
     """Nemotron-3 and -4, Minitron; defaults as in transformers' NemotronConfig."""
     known = fields.read(reader, eps=("norm_eps", 1e-5), positions=4096, act=("hidden_act", "relu2"))
+    reader.same("kv_channels", known["head_dim"], "head_dim")
     known["norm"] = Norm(known["norm"].eps, centered=True, unit_offset=True, bias=True)
     turn = fields.rope_parameters(reader, known, partial=0.5)
     return Architecture(**known, kinds=(LayerKind(None, turn),), gated=False, biases=fields.biases(reader))
@@ -21,7 +23,9 @@ def gpt_neox(reader: ConfigReader) -> Architecture:
     known["norm"] = Norm(known["norm"].eps, centered=True, bias=True)
     given = {"rope_theta": reader.take("rotary_emb_base", 10000.0)}
     given["partial_rotary_factor"] = reader.take("rotary_pct", 0.25)
-    given |= reader.table("rope_scaling") | reader.table("rope_parameters")
+    reader.same("rope_theta", given["rope_theta"], "rotary_emb_base")
+    reader.same("partial_rotary_factor", given["partial_rotary_factor"], "rotary_pct")
+    given |= fields.stretched(reader)
     biases = (*(ATTENTION if reader.boolean("attention_bias", True) else ()), *MLP)
     return Architecture(
         **known,
@@ -34,7 +38,12 @@ def gpt_neox(reader: ConfigReader) -> Architecture:
 
 def gpt2(reader: ConfigReader) -> Architecture:
     """GPT-2; defaults as in transformers' GPT2Config."""
-    hidden, heads = reader.integer("n_embd", 768), reader.integer("n_head", 12)
+    hidden, heads, positions = (
+        reader.integer(*given) for given in (("n_embd", 768), ("n_head", 12), ("n_positions", 1024))
+    )
+    if hidden % heads:
+        raise UserError(f"n_embd={hidden} is not a multiple of n_head={heads}.")
+    reader.same("max_position_embeddings", positions, "n_positions")
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         reader.expect(key, False)
     reader.ignore("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")
@@ -48,7 +57,7 @@ def gpt2(reader: ConfigReader) -> Architecture:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=hidden // heads,
-        max_position_embeddings=reader.integer("n_positions", 1024),
+        max_position_embeddings=positions,
         tie_word_embeddings=reader.boolean("tie_word_embeddings", True),
         initializer_range=reader.number("initializer_range", 0.02),
         norm=Norm(reader.number("layer_norm_epsilon", 1e-5), centered=True, bias=True),

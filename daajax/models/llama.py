@@ -12,6 +12,7 @@ from daajax.models.storage import ATTENTION, MLP, Columns, Modules
 
 def llama(reader: ConfigReader) -> Architecture:
     """Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 2; defaults as in transformers' LlamaConfig."""
+    reader.expect("rope_interleaved", False)
     known = fields.read(reader)
     return Architecture(
         **known, kinds=(LayerKind(None, fields.rope_parameters(reader, known)),), biases=fields.biases(reader)
@@ -46,6 +47,7 @@ def mixtral(reader: ConfigReader) -> Architecture:
 
 def qwen2(reader: ConfigReader) -> Architecture:
     """Qwen 2 and 2.5; defaults as in transformers' Qwen2Config."""
+    reader.expect("use_mrope", False)
     known = fields.read(reader, kv_heads=32, positions=32768)
     return Architecture(**known, **_qwen_layers(reader, known), biases=("q_proj", "k_proj", "v_proj"))
 
@@ -60,7 +62,7 @@ def qwen3(reader: ConfigReader) -> Architecture:
 def _qwen_layers(reader: ConfigReader, known: Mapping[str, Any]) -> dict[str, Any]:
     """Layers from `max_window_layers` on slide, if windows are used at all."""
     window = _qwen_window(reader)
-    first, turn = reader.take("max_window_layers", 28), fields.rope_parameters(reader, known)
+    first, turn = reader.integer("max_window_layers", 28, least=0), fields.rope_parameters(reader, known)
     slides = [window is not None and layer >= first for layer in range(known["num_hidden_layers"])]
     return fields.layers(reader, known, slides, LayerKind(window, turn), LayerKind(None, turn))
 
@@ -73,10 +75,15 @@ def _qwen_window(reader: ConfigReader) -> int | None:
 def qwen3_moe(reader: ConfigReader) -> Architecture:
     """Qwen 3 with experts; defaults as in transformers' Qwen3MoeConfig. In every layer, as all published ones."""
     reader.expect("decoder_sparse_step", 1)
-    reader.expect("mlp_only_layers", [])
+    for key, value in dict(
+        mlp_only_layers=[], qkv_bias=False, use_qk_norm=True, shared_expert_intermediate_size=0
+    ).items():
+        reader.expect(key, value)
     reader.ignore("max_window_layers")  # transformers slides in all layers or in none
+    count = reader.integer("num_experts", 128)
+    reader.same("num_local_experts", count, "num_experts")
     experts = Experts(
-        reader.integer("num_local_experts", reader.integer("num_experts", 128)),
+        count,
         reader.integer("num_experts_per_tok", 8),
         reader.boolean("norm_topk_prob", False),
     )
@@ -94,7 +101,7 @@ def smollm3(reader: ConfigReader) -> Architecture:
     turn, count = fields.rope_parameters(reader, known, theta=2e6), known["num_hidden_layers"]
     interval = reader.integer("no_rope_layer_interval", 4)
     turns = reader.take("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(count)])
-    if not isinstance(turns, list) or len(turns) < count or not set(turns) <= {0, 1}:
+    if not isinstance(turns, list) or len(turns) < count or any(turn not in (0, 1) for turn in turns):
         raise UserError(f"no_rope_layers is {turns!r}; a list of {count} is needed, each 0 or 1.")
     window = reader.nullable_integer("sliding_window", absent=None)
     window = window if reader.boolean("use_sliding_window", False) else None
@@ -117,14 +124,14 @@ def phi3(reader: ConfigReader) -> Architecture:
     known = fields.read(reader, eps=("rms_norm_eps", 1e-5), positions=4096)
     given = {"rope_theta": reader.take("rope_theta", 10000.0)}
     given["partial_rotary_factor"] = reader.take("partial_rotary_factor", 1.0)
-    given |= reader.table("rope_scaling") | reader.table("rope_parameters")
+    given |= fields.stretched(reader)
     original = reader.integer("original_max_position_embeddings", 4096)
-    rope_type = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-    given["rope_type"] = "longrope" if rope_type in ("su", "yarn") else rope_type  # what it was called at first
-    if given["rope_type"] == "longrope":
-        given["original_max_position_embeddings"] = original
-    reader.expect("attention_bias", False)
+    if given.get("rope_type") in ("su", "yarn", "longrope"):  # the first two are what it was called before
+        given |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        reader.expect(key, False)
+    for key in ("full_attn_mod", "interpolate_factor"):
+        reader.expect(key, 1)
     window = reader.nullable_integer("sliding_window", absent=None)
     return Architecture(**known, kinds=(LayerKind(window, fields.rope_of(given, known, partial=True)),))
 

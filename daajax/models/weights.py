@@ -348,12 +348,21 @@ def _save(
             copy = partial / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+    _forget_code(partial / "config.json")
     aside = target.with_name(target.name + ".old")
     if target.exists():  # set aside first, so that there is always a whole one
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
     partial.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _forget_code(file: pathlib.Path) -> None:
+    """Takes out of a `config.json` what names Python files: they are not carried along, and nobody needs them."""
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if config.pop("auto_map", None) is not None:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        say(f"{file.name}: auto_map is left out, since the code that it names is not carried along")
 
 
 def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:

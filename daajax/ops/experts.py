@@ -1,14 +1,58 @@
 """Mixture of experts: each token through the few experts that it was sent to, and none dropped.
 
-Tokens are sorted by expert and multiplied with the weights of each in one grouped product. Experts may be cut over
-devices: each device then computes its own experts' part for all tokens it sees, and the parts add up.
+Tokens are laid out by expert, each expert's padded to whole blocks, and every block is multiplied with the weights of
+its one expert: the cost is that of the tokens, not of tokens × experts. Experts may be cut over devices: each device
+then computes its own experts' part for all tokens it sees, and the parts add up.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+BLOCK = 128  # tokens of one expert that are multiplied at once
+
+
+class Layout(NamedTuple):
+    """Where copies of tokens lie, one a token and expert that it was sent to.
+
+    Attributes:
+        slot: Where each copy lies; `slots` for those of experts that are not here.
+        copy: Which copy lies in each slot; `copies` where there is none.
+        expert: Whose each block is.
+        blocks: How many there are; those behind them are empty.
+    """
+
+    slot: Int[Array, " copies"]
+    copy: Int[Array, " slots"]
+    expert: Int[Array, " capacity"]
+    blocks: Int[Array, ""]
+
+
+def layout(chosen: Int[Array, " copies"], count: int) -> Layout:
+    """Lays copies out by expert.
+
+    Args:
+        chosen: The expert of each copy, from 0; others than `count` of them are left out.
+        count: Experts here.
+    """
+    copies = len(chosen)
+    capacity = -(-copies // BLOCK) + count
+    here = (chosen >= 0) & (chosen < count)
+    own = jnp.where(here, chosen, count)
+    sizes = (own[:, None] == jnp.arange(count, dtype=own.dtype)[None]).sum(axis=0, dtype=jnp.int32)
+    ends = jnp.cumsum(-(-sizes // BLOCK))  # in blocks
+    order = jnp.argsort(own, stable=True)
+    first = jnp.cumsum(sizes) - sizes  # of each expert's copies, in that order
+    expert = jnp.minimum(own[order], count - 1)
+    in_order = (ends - -(-sizes // BLOCK))[expert] * BLOCK + jnp.arange(copies, dtype=jnp.int32) - first[expert]
+    slots = capacity * BLOCK
+    slot = jnp.zeros(copies, jnp.int32).at[order].set(jnp.where(own[order] < count, in_order, slots))
+    copy = jnp.full(slots, copies, jnp.int32).at[slot].set(jnp.arange(copies, dtype=jnp.int32), mode="drop")
+    owner = jnp.searchsorted(ends, jnp.arange(capacity), side="right").astype(jnp.int32)
+    return Layout(slot, copy, jnp.minimum(owner, count - 1), ends[-1])
 
 
 def mix(
@@ -36,39 +80,74 @@ def mix(
     Returns:
         The sum, float32.
     """
-    count, each = gate.shape[0], chosen.shape[-1]
-    tokens = x.reshape(-1, x.shape[-1])
-    mine = chosen.reshape(-1) - (0 if ids is None else ids[0])
-    mine = jnp.where((mine >= 0) & (mine < count), mine, count)  # those of others come last
-    order = jnp.argsort(mine, stable=True)
-    inverse = jnp.argsort(order)
-    sizes = (mine[:, None] == jnp.arange(count, dtype=mine.dtype)[None]).sum(axis=0, dtype=jnp.int32)
-    copies = jnp.broadcast_to(tokens[:, None], (len(tokens), each, tokens.shape[1]))
-    sent = _permute(copies.reshape(-1, tokens.shape[1]), order, inverse)
-    inner = act(_grouped(sent, gate, sizes)) * _grouped(sent, up, sizes)
-    made = _grouped(inner, down, sizes).astype(jnp.float32)
-    made = jnp.where((jnp.arange(len(sent)) < sizes.sum())[:, None], made, 0)
-    made = _permute(made, inverse, order) * weights.reshape(-1, 1)
-    return made.reshape(len(tokens), each, -1).sum(axis=1).reshape(x.shape)
+    tokens, each = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
+    where = layout(chosen.reshape(-1) - (0 if ids is None else ids[0]), len(gate))
+    copies = jnp.broadcast_to(tokens[:, None], (len(tokens), each, tokens.shape[1])).reshape(-1, tokens.shape[1])
+    sent = _moved(copies, where.copy, where.slot)
+    inner = act(grouped(sent, gate, where.expert, where.blocks)) * grouped(sent, up, where.expert, where.blocks)
+    made = _moved(grouped(inner, down, where.expert, where.blocks), where.slot, where.copy)
+    weighed = made.astype(jnp.float32) * weights.reshape(-1, 1)
+    return weighed.reshape(len(tokens), each, -1).sum(axis=1).reshape(x.shape)
 
 
 @jax.custom_vjp
-def _permute(
-    x: Float[Array, "tokens width"], order: Int[Array, " tokens"], inverse: Int[Array, " tokens"]
-) -> Float[Array, "tokens width"]:
-    """Rows in another order; its backward pass is a gather as well."""
-    del inverse
-    return x[order]
+def _moved(
+    x: Float[Array, "here width"], source: Int[Array, " there"], target: Int[Array, " here"]
+) -> Float[Array, "there width"]:
+    """Rows elsewhere, 0 where nothing comes from; where each goes makes the backward pass a gather as well."""
+    del target
+    return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
 
 
-_permute.defvjp(
-    lambda x, order, inverse: (x[order], inverse), lambda inverse, cotangent: (cotangent[inverse], None, None)
+_moved.defvjp(
+    lambda x, source, target: (_moved(x, source, target), target),
+    lambda target, cotangent: (jnp.take(cotangent, target, axis=0, mode="fill", fill_value=0), None, None),
 )
 
 
-def _grouped(
-    x: Float[Array, "tokens inputs"], weights: Float[Array, "experts inputs outputs"], sizes: Int[Array, " experts"]
-) -> Float[Array, "tokens outputs"]:
-    """The first `sizes[0]` tokens times the first expert's weights, and so on, in the dtype of x."""
+@jax.custom_vjp
+def grouped(
+    x: Float[Array, "slots inputs"],
+    weights: Float[Array, "experts inputs outputs"],
+    expert: Int[Array, " capacity"],
+    blocks: Int[Array, ""],
+) -> Float[Array, "slots outputs"]:
+    """Each block of rows times the weights of its expert, in the dtype of x; 0 behind the last block."""
+    return _grouped_forward(x, weights, expert, blocks)[0]
+
+
+def _grouped_forward(x, weights, expert, blocks):
+    def visit(block, y):
+        product = _product(_block(x, block), weights[expert[block]], (1, 0)).astype(x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, product, block * BLOCK, axis=0)
+
+    y = jax.lax.fori_loop(0, blocks, visit, jnp.zeros((len(x), weights.shape[2]), x.dtype))
+    return y, (x, weights, expert, blocks)
+
+
+def _grouped_backward(residuals, cotangent):
+    x, weights, expert, blocks = residuals
+
+    def visit(block, carry):
+        d_x, d_weights = carry
+        ct, own = _block(cotangent, block), expert[block]
+        d_block = _product(ct, weights[own], (1, 1)).astype(x.dtype)
+        d_x = jax.lax.dynamic_update_slice_in_dim(d_x, d_block, block * BLOCK, axis=0)
+        return d_x, d_weights.at[own].add(_product(_block(x, block), ct, (0, 0)))
+
+    start = jnp.zeros_like(x), jnp.zeros(weights.shape, jnp.float32)
+    d_x, d_weights = jax.lax.fori_loop(0, blocks, visit, start)
+    return d_x, d_weights.astype(weights.dtype), None, None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _block(x: Array, block: Array) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, block * BLOCK, BLOCK, axis=0)
+
+
+def _product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.ragged_dot(x, weights, sizes, precision=precision, preferred_element_type=x.dtype)
+    axes = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)

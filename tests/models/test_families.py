@@ -15,10 +15,10 @@ from daajax.data.sizes import Sizes
 from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 from daajax.loss import router_loss
-from daajax.models import decoder, weights
-from daajax.models.architecture import LayerKind, Rope, for_length
+from daajax.models import decoder, rope, weights
+from daajax.models.architecture import LayerKind, Rope, describe_rope, for_length
 from daajax.models.decoder import parameter_count
-from daajax.models.families import FAMILIES, read_architecture
+from daajax.models.families import FAMILIES, architecture_of, read_architecture
 from daajax.scoring import Scorer
 from tests import worlds
 from tests.oracle import make_values as oracle
@@ -436,3 +436,24 @@ def test_the_readme_has_every_family():
     text = (worlds.ROOT / "README.md").read_text(encoding="utf-8")
     table = text.split("## Models")[1].split("## Files")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(FAMILIES)
+
+
+def test_longrope_has_long_factors_where_the_longest_sequence_exceeds_the_original_context():
+    architecture = architecture_of(oracle.MODELS["phi3_short"])
+    short, long = (for_length(architecture, length) for length in (256, 257))
+    assert [describe_rope(one)[0].split("factors")[0][-6:-1] for one in (short, long)] == ["short", " long"]
+    for one, factors in ((short, [1.0, 1.1, 1.2, 3.0]), (long, [1.5, 2.0, 3.0, 9.0])):
+        found = rope.frequencies(one.kinds[0].rope, architecture.head_dim)
+        np.testing.assert_allclose(found, 10000.0 ** -(np.arange(4) / 4) / factors, rtol=1e-6)
+    assert describe_rope(architecture_of(LLAMA31)) == []
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpt2", "256 learned positions"), ("dynamic", "rope_type 'dynamic'")])
+def test_a_length_that_a_model_has_no_positions_for_is_refused_in_one_line(tmp_path, name, words):
+    path = oracle.write_model(tmp_path, oracle.MODELS[name])
+    read_architecture(path, length=256)
+    with pytest.raises(UserError, match=words) as error:
+        read_architecture(path, length=257)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "257" in str(error.value)
+    assert "lower max_length to 256" in str(error.value)

@@ -124,6 +124,18 @@ def test_a_prefix_that_all_names_leave_out_is_put_in_front(tmp_path):
         load(wrong)
 
 
+def test_a_config_that_names_code_is_written_without_it(tmp_path, capsys):
+    path = oracle.write_model(tmp_path / "model", UNTIED | {"auto_map": {"AutoConfig": "configuration.Config"}})
+    saved = save(tmp_path / "saved", load(path), path)
+    found = json.loads((pathlib.Path(saved) / "config.json").read_text())
+    assert found == {
+        key: value
+        for key, value in json.loads((tmp_path / "model" / "config.json").read_text()).items()
+        if key != "auto_map"
+    }
+    assert "auto_map is left out" in capsys.readouterr().out
+
+
 def test_a_directory_of_mixed_dtypes_keeps_each(tmp_path):
     drawn = oracle.tensors(UNTIED)
     drawn = {name: value.astype(ml_dtypes.bfloat16 if value.ndim > 1 else np.float32) for name, value in drawn.items()}

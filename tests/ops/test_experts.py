@@ -89,3 +89,41 @@ def test_an_expert_that_nobody_is_sent_to_gets_no_gradient():
     for gradient in jax.grad(total)(matrices):
         busy = np.abs(gradient).reshape(EXPERTS, -1).max(axis=1) > 0
         assert busy.tolist() == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("copies", [1, 127, 128, 129, 700])
+def test_every_copy_has_a_slot_of_its_own_in_a_block_of_its_expert(copies):
+    chosen = np.random.default_rng(copies).integers(-1, EXPERTS + 2, copies)
+    where = jax.tree.map(np.asarray, experts.layout(jnp.asarray(chosen), EXPERTS))
+    here = (chosen >= 0) & (chosen < EXPERTS)
+    assert (where.slot[~here] == len(where.copy)).all()
+    assert len(set(where.slot[here])) == here.sum()
+    assert (where.expert[where.slot[here] // experts.BLOCK] == chosen[here]).all()
+    assert (where.copy[where.slot[here]] == np.flatnonzero(here)).all()
+    assert (where.copy < copies).sum() == here.sum()
+    assert where.slot[here].max(initial=-1) < where.blocks * experts.BLOCK
+    assert where.blocks == sum(-(-(chosen == expert).sum() // experts.BLOCK) for expert in range(EXPERTS))
+
+
+def test_memory_is_that_of_the_tokens_whatever_the_number_of_experts():
+    def temporary(count):
+        shapes = [(count, 64, 32), (count, 64, 32), (count, 32, 64)]
+        arguments = [jnp.zeros((4, 1024, 64)), jnp.zeros((4, 1024, 2), jnp.int32), jnp.zeros((4, 1024, 2))]
+        arguments += [jnp.zeros(shape) for shape in shapes]
+        compiled = jax.jit(lambda *given: experts.mix(*given, jnp.tanh)).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # 32 experts may pad 4096 tokens to twice as many; a mask of tokens × experts would be 16 times larger than two's.
+    assert temporary(32) < 3 * temporary(2)
+
+
+def test_bfloat16_sums_in_float32():
+    x, chosen, weights, matrices = operands(seed=4)
+    short = [jnp.asarray(m, jnp.bfloat16) for m in (x, *matrices)]
+    found = experts.mix(short[0], jnp.asarray(chosen), jnp.asarray(weights, jnp.float32), *short[1:], jnp.tanh)
+    expected = by_token(
+        np.asarray(short[0], np.float32), chosen, weights, *(np.asarray(m, np.float32) for m in short[1:])
+    )
+    assert found.dtype == jnp.float32
+    # Three roundings to 8 bits on the way of numbers of about 10.
+    np.testing.assert_allclose(found, expected, atol=4 * 2**-8 * np.abs(expected).max())
