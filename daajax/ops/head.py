@@ -22,8 +22,8 @@ class _Logits(NamedTuple):
 
     log_probs: Array
     targets: Int[Array, " chunk"]
-    slope: Array | None  # derivative of these logits with respect to the projection's, where they are capped
     reference: Array  # log-probs of the reference model; of no rows unless a statistic compares the two
+    slope: Array | None = None  # derivative of these logits with respect to the projection's, where they are capped
 
 
 def _logps(z: _Logits) -> Array:
@@ -200,8 +200,8 @@ def _chunk_logits(hidden, projection, targets, reference, at, caps, chunk) -> _L
     return _Logits(
         jax.nn.log_softmax(logits, axis=1),
         jax.lax.dynamic_slice(targets, (at,), (chunk,)),
-        None if caps[0] is None else 1 - jnp.square(logits / caps[0]),
         other,
+        None if caps[0] is None else 1 - jnp.square(logits / caps[0]),
     )
 
 
