@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from daajax.console import say
 from daajax.errors import UserError, one_line
-from daajax.models import weights
+from daajax.models.digest import digests_of
 from daajax.step import TrainState
 
 FAILURES = 3  # saves in a row that may fail before the run ends
@@ -381,7 +381,7 @@ def _leaves(items: Mapping[str, Any]) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(dict(items))
     }
-    digests = weights.leaf_digests({n: leaf for n, leaf in leaves.items() if isinstance(leaf, jax.Array)})
+    digests = digests_of({n: leaf for n, leaf in leaves.items() if isinstance(leaf, jax.Array)})
     return {
         name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}] {digests.get(name, '')}" for name, leaf in leaves.items()
     }

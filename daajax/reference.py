@@ -47,7 +47,7 @@ class Header:
     """What every entry of a cache folder follows from, besides the tokens.
 
     Attributes:
-        weights: `weights.digest` of the reference.
+        weights: `daajax.models.digest.digest_of` of the reference.
         architecture: Its architecture as a dict.
         dtype: Compute dtype.
     """

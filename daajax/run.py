@@ -22,6 +22,7 @@ from daajax.losses.terms import Needs, Term, initial_state
 from daajax.models import decoder, directory, weights
 from daajax.models.architecture import Architecture
 from daajax.models.decoder import Params
+from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
 from daajax.scoring import Batch, Scorer
 from daajax.step import TrainState
@@ -140,7 +141,7 @@ def state_at(
     if step == 0:
         if initial is None:
             initial = load_initial_params(config, scorer, mesh)
-            origin = Record(data="", model=weights.digest(initial))
+            origin = Record(data="", model=digest_of(initial))
             saved.check_origin(step, origin, forced=config.resume == "force")
         return TrainState(None, initial, (), jax.tree.map(jnp.float32, initial_state(terms)))
     abstract = sharding.abstract(*param_layout(scorer, mesh))
@@ -219,12 +220,12 @@ def load_reference(
         terms: The loss.
         mesh: The mesh.
     """
-    policy = digest = weights.digest(params)
+    policy = digest = digest_of(params)
     what, architecture = config.model.path, reference_scorer.model.architecture
     if config.reference.mode == "path":
         what = config.reference.path
         params = load_params(what, reference_scorer, mesh)
-        digest = weights.digest(params)
+        digest = digest_of(params)
     same = digest == policy and architecture == scorer.model.architecture
     if why := why_live(config, terms):
         say(f"reference: {what} ({digest[:12]}) stays in memory beside the policy: {why}")

@@ -19,7 +19,8 @@ from daajax import output
 from daajax.console import Progress, say
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError, one_line
-from daajax.models.weights import COMPANIONS, SECOND_COPY, STORED
+from daajax.models.tensor_files import SECOND_COPY, STORED
+from daajax.models.weights import COMPANIONS
 
 CACHE = pathlib.Path("~/.cache/daajax/models")
 _PART_BYTES = 32 << 20  # read at once

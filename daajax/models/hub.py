@@ -4,7 +4,8 @@ import re
 
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError, one_line
-from daajax.models.weights import COMPANIONS, SECOND_COPY, STORED
+from daajax.models.tensor_files import SECOND_COPY, STORED
+from daajax.models.weights import COMPANIONS
 
 _ADDRESS = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"

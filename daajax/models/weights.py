@@ -1,19 +1,17 @@
 """Weights in and out: safetensors to sharded parameters, and parameters to a directory that transformers loads.
 
 Each device's part of a parameter is read from the files on its own, so that no whole tensor is held that is not needed
-whole. Only safetensors are opened.
+whole.
 """
 
 import collections
-import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.traverse_util as traverse
 import jax
@@ -25,102 +23,19 @@ import safetensors.numpy
 from daajax.console import say
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
-from daajax.models import decoder
 from daajax.models.architecture import Architecture
 from daajax.models.families import FAMILIES
 from daajax.models.storage import Tensor
+from daajax.models.tensor_files import INDEX, SINGLE, Directory
 
 Params = dict[str, Any]
 Flat = dict[str, Any]  # the leaves of Params by path
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-STORED = ("*.safetensors", "*.safetensors.index.json")  # files with weights
-SECOND_COPY = "consolidated*"  # the same weights once more, in some directories, for their authors' own programs
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _SHARD_BYTES = 5_000_000_000
 _ROWS = 4096  # of a matrix, compared at once
-# What a model directory holds besides weights and what makes it loadable elsewhere; carried along unchanged.
+# What a model directory holds besides weights and what makes it loadable elsewhere; carried along.
 COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
-
-
-class Directory:
-    """The safetensors of one model directory: one file, or several with an index.
-
-    Args:
-        path: The directory.
-
-    Raises:
-        UserError: If there are none, or the index is broken or points outside the directory.
-    """
-
-    def __init__(self, path: str):
-        self._root = pathlib.Path(path)
-        self._stack = contextlib.ExitStack()
-        self._open: dict[str, Any] = {}
-        self.file_of = self._files()
-
-    def _files(self) -> dict[str, str]:
-        if (self._root / _INDEX).is_file():
-            try:
-                text = (self._root / _INDEX).read_text(encoding="utf-8")
-                weight_map = json.loads(text, object_pairs_hook=_without_duplicates)["weight_map"]
-                names = {name: str(file) for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self._root / _INDEX} is not an index of safetensors; fetch it again.") from None
-            for file in sorted(set(names.values())):
-                if pathlib.Path(file).name != file or not file.endswith(".safetensors"):
-                    raise UserError(
-                        f"{self._root / _INDEX} names {file!r}; only .safetensors files beside it are opened."
-                    )
-            for file in sorted(set(names.values())):
-                listed, found = {name for name in names if names[name] == file}, set(self._handle(file).keys())
-                if listed != found:
-                    raise UserError(
-                        f"{self._root / file} and {_INDEX} disagree on tensor {min(listed ^ found)!r}, which only one "
-                        "of them has there; fetch both again."
-                    )
-            return names
-        if (self._root / _SINGLE).is_file():
-            return dict.fromkeys(self._handle(_SINGLE).keys(), _SINGLE)
-        others = sorted(
-            p.name for p in self._root.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".msgpack")
-        )
-        found = (
-            f"found {', '.join(others)}, which are not opened; convert them with save_pretrained"
-            if others
-            else "found none"
-        )
-        raise UserError(
-            f"{self._root} needs {_SINGLE} or {_INDEX}; {found}. model.random_init=True draws fresh weights instead."
-        )
-
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            path = self._root / file
-            if not path.is_file():
-                raise UserError(f"{path} is missing, though {_INDEX} names it; fetch it again.")
-            try:
-                self._open[file] = self._stack.enter_context(safetensors.safe_open(str(path), framework="numpy"))
-            except (safetensors.SafetensorError, OSError, ValueError) as error:
-                raise UserError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
-        return self._open[file]
-
-    def slice(self, name: str) -> Any:
-        """A tensor as something that knows `get_shape`, `get_dtype` and slicing, and reads only what is sliced."""
-        return self._handle(self.file_of[name]).get_slice(name)
-
-    def __enter__(self) -> "Directory":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict; of a key that comes twice, Python's json would keep the last."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key comes twice")
-    return dict(pairs)
 
 
 def load(path: str, architecture: Architecture, shapes: Params, shardings: Params) -> Params:
@@ -182,7 +97,7 @@ class _Stored:
     pattern: str
 
 
-def _stored(architecture: Architecture, directory: "Directory | None" = None) -> dict[str, _Stored]:
+def _stored(architecture: Architecture, directory: Directory | None = None) -> dict[str, _Stored]:
     """How each parameter is stored: in that directory, or in one that we write."""
     stored = {}
     experts = architecture.experts.num_experts if architecture.experts is not None else 1
@@ -196,7 +111,7 @@ def _stored(architecture: Architecture, directory: "Directory | None" = None) ->
     return stored
 
 
-def _in(directory: "Directory | None", architecture: Architecture, name: str) -> str | None:
+def _in(directory: Directory | None, architecture: Architecture, name: str) -> str | None:
     """What a tensor is called in a directory, which may leave out the family's prefix; None if it is not there."""
     if directory is None:
         return name
@@ -217,32 +132,6 @@ def _shapes(architecture: Architecture, shapes: Params) -> dict[str, tuple[int, 
             shape = (*shape[:-1], outputs[parameter.pattern])
         whole[name] = tuple(reversed(shape)) if tensor.transposed else shape
     return whole
-
-
-class Stored(NamedTuple):
-    """A tensor of a model directory that we write.
-
-    Attributes:
-        name: What it is called.
-        shape: Its shape.
-        parameter: Path of the parameter that it is, or has a part of.
-        transposed: Whether its axes are the parameter's in reverse.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parameter: str
-    transposed: bool
-
-
-def layout(architecture: Architecture) -> list[Stored]:
-    """The tensors of a model directory, each once."""
-    shapes, _ = decoder.abstract_params(decoder.Decoder(architecture, attend=lambda queries, *_: queries))
-    whole, found = _shapes(architecture, shapes), {}
-    for path, stored in _stored(architecture).items():
-        for tensor in stored.tensors:
-            found.setdefault(tensor.name, Stored(tensor.name, whole[path], path, tensor.transposed))
-    return list(found.values())
 
 
 def _flat(tree: Params) -> Flat:
@@ -318,7 +207,7 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
 
     Weights take the dtype of the directory the model came from, so that a bfloat16 model stays one; without weights
     there, they keep theirs, as does a tensor that its dtype cannot hold. Config, tokenizer, chat template and
-    generation config are copied unchanged.
+    generation config are copied unchanged, but for code that the config names.
 
     Args:
         path: Directory to make; an existing one is replaced.
@@ -367,7 +256,7 @@ def _forget_code(file: pathlib.Path) -> None:
 
 def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:
     """Dtype of each stored tensor; empty where the directory holds no weights."""
-    if not any((pathlib.Path(model_path) / name).is_file() for name in (_SINGLE, _INDEX)):
+    if not any((pathlib.Path(model_path) / name).is_file() for name in (SINGLE, INDEX)):
         return {}
     with Directory(model_path) as directory:
         names = ((name, _in(directory, architecture, name)) for name in _names(_stored(architecture)))
@@ -427,7 +316,7 @@ def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray
         total += value.nbytes
     flush()
     if len(shards) == 1:
-        (folder / "part-0").rename(folder / _SINGLE)
+        (folder / "part-0").rename(folder / SINGLE)
         return
     weight_map = {}
     for index, names in enumerate(shards):
@@ -435,41 +324,4 @@ def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray
         (folder / f"part-{index}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-    (folder / _INDEX).write_text(text + "\n", encoding="utf-8")
-
-
-def digest(params: Params) -> str:
-    """What the weights are, whatever files, shards or mesh they came through: equal digests mean equal values.
-
-    Every element's bits are mixed with its position and summed modulo 2³², twice with different constants; such sums
-    are the same in any order, so each device sums what it has.
-    """
-    flat = _flat(params)
-    hashed = hashlib.sha256()
-    for name, sums in sorted(leaf_digests(flat).items()):
-        hashed.update(f"{name}:{flat[name].dtype}{flat[name].shape}:{sums};".encode())
-    return hashed.hexdigest()
-
-
-def leaf_digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """The digest of each array's values; their types have two or four bytes."""
-    sums = jax.device_get(_mix_all(dict(arrays)))
-    return {name: "-".join(f"{int(value):08x}" for value in pair) for name, pair in sums.items()}
-
-
-@jax.jit
-def _mix_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _mix(x) for name, x in arrays.items()}
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
-    position = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    sums = []
-    for odd in (0x9E3779B1, 0x85EBCA77):
-        mixed = (bits ^ (position * jnp.uint32(odd))) * jnp.uint32(0xC2B2AE3D)
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(odd)
-        sums.append((mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32))
-    return jnp.stack(sums)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")

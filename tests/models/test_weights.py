@@ -15,7 +15,8 @@ import safetensors.numpy
 
 from daajax import sharding
 from daajax.errors import UserError
-from daajax.models import decoder, weights
+from daajax.models import decoder, tensor_files, weights
+from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
 from tests.oracle import make_values as oracle
 
@@ -257,7 +258,7 @@ def test_each_device_reads_only_its_part_and_together_they_are_the_whole(tmp_pat
     config = oracle.MODELS["llama31"]
     path = sharded(tmp_path, config) if several else oracle.write_model(tmp_path, config)
     reads: dict[str, list[int]] = {}
-    original = weights.Directory.slice
+    original = tensor_files.Directory.slice
 
     class Spy:
         def __init__(self, name, tensor):
@@ -269,7 +270,7 @@ def test_each_device_reads_only_its_part_and_together_they_are_the_whole(tmp_pat
             reads.setdefault(self.name, []).append(part.size)
             return part
 
-    monkeypatch.setattr(weights.Directory, "slice", lambda self, name: Spy(name, original(self, name)))
+    monkeypatch.setattr(tensor_files.Directory, "slice", lambda self, name: Spy(name, original(self, name)))
     mesh = mesh_of(**sizes)
     params = load(path, mesh)
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -290,7 +291,7 @@ def test_each_device_reads_only_its_part_and_together_they_are_the_whole(tmp_pat
 def test_the_digest_is_the_same_on_every_mesh_and_from_any_files(tmp_path):
     single, several = oracle.write_model(tmp_path / "single", UNTIED), sharded(tmp_path / "several")
     digests = {
-        weights.digest(load(path, mesh_of(**sizes)))
+        digest_of(load(path, mesh_of(**sizes)))
         for path in (single, several)
         for sizes in (dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2))
     }
@@ -302,12 +303,12 @@ def test_the_digest_changes_with_every_bit_and_place_and_name(dtype):
     bits = np.uint32 if dtype == jnp.float32 else np.uint16
     values = np.asarray(oracle.uniform(24, 5).reshape(2, 3, 4) - 0.5).astype(dtype)
     tree = {"layers": {"a": values}, "b": values[0]}
-    digests = {weights.digest(jax.tree.map(jnp.asarray, tree))}
+    digests = {digest_of(jax.tree.map(jnp.asarray, tree))}
     expected = 1
 
     def differs(other, what):
         nonlocal expected
-        digests.add(weights.digest(jax.tree.map(jnp.asarray, other)))
+        digests.add(digest_of(jax.tree.map(jnp.asarray, other)))
         expected += 1
         assert len(digests) == expected, what
 
@@ -332,9 +333,7 @@ def test_the_digest_changes_with_every_bit_and_place_and_name(dtype):
 
 
 def test_the_digest_tells_zero_from_minus_zero_and_zeros_by_their_number():
-    digests = [
-        weights.digest({"a": jnp.array(values, jnp.float32)}) for values in ([0, 0], [-0.0, 0], [0, -0.0], [0, 0, 0])
-    ]
+    digests = [digest_of({"a": jnp.array(values, jnp.float32)}) for values in ([0, 0], [-0.0, 0], [0, -0.0], [0, 0, 0])]
     assert len(set(digests)) == 4
 
 
@@ -345,7 +344,7 @@ def test_a_head_stored_beside_its_tied_embedding_is_left_out(tmp_path):
     drawn = oracle.tensors(TIED)
     path = oracle.write_model(tmp_path / "a", TIED, drawn)
     twice = oracle.write_model(tmp_path / "b", TIED, drawn | {"lm_head.weight": drawn["model.embed_tokens.weight"]})
-    assert weights.digest(load(twice)) == weights.digest(load(path))
+    assert digest_of(load(twice)) == digest_of(load(path))
     assert tensors_of(save(tmp_path / "saved", load(twice), twice)) == tensors_of(path)
 
 
@@ -370,7 +369,7 @@ def test_rotary_frequencies_of_old_exports_are_left_out(tmp_path):
     path = oracle.write_model(tmp_path / "a", UNTIED, drawn)
     old = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for n in range(2)}
     old = oracle.write_model(tmp_path / "b", UNTIED, drawn | old)
-    assert weights.digest(load(old)) == weights.digest(load(path))
+    assert digest_of(load(old)) == digest_of(load(path))
     assert tensors_of(save(tmp_path / "saved", load(old), old)) == tensors_of(path)
 
 

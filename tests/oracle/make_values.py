@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from daajax.models import weights
+from daajax.models import decoder, weights
 from daajax.models.decoder import Parameter, layer_parameters, outer_parameters
 from daajax.models.families import architecture_of
 
@@ -197,8 +197,11 @@ def stored(config: dict[str, Any]) -> dict[str, tuple[Parameter, tuple[int, ...]
     parameters: dict[str, Any] = {f"layers/{name}": one for name, one in layer_parameters(architecture).items()}
     parameters |= outer_parameters(architecture)
     found = {}
-    for tensor in weights.layout(architecture):
-        found[tensor.name] = (parameters[tensor.parameter], tensor.shape, tensor.transposed)
+    shapes, _ = decoder.abstract_params(decoder.Decoder(architecture, attend=lambda queries, *_: queries))
+    whole = weights._shapes(architecture, shapes)
+    for path, stored_as in weights._stored(architecture).items():
+        for tensor in stored_as.tensors:
+            found.setdefault(tensor.name, (parameters[path], whole[path], tensor.transposed))
     return dict(sorted(found.items()))
 
 
