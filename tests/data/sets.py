@@ -3,14 +3,32 @@
 import gzip
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from daajax.data.sources import read
+from daajax.data.tokenization import tokenize
+from daajax.data.tokenizer import load_tokenizer
+from daajax.data.tokens import TokenizedData
+from tests import worlds
+
 Rows = Sequence[dict[str, Any]]
 DataSet = tuple[str, pathlib.Path, *tuple[str, ...]]  # data.name, data.path, further flags
+
+
+def tokenizing(folder: pathlib.Path, *, max_length: int) -> Callable[..., TokenizedData]:
+    """What makes tokenized data of rows, with a small tokenizer."""
+    worlds.save_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+
+    def tokenized(*rows: dict[str, Any]) -> TokenizedData:
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return tokenize(read("jsonl", folder / "rows.jsonl"), tokenizer, max_length=max_length)
+
+    return tokenized
 
 
 def jsonl_gz(folder: pathlib.Path, rows: Rows) -> DataSet:

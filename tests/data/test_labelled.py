@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -13,12 +12,9 @@ from hypothesis import strategies as st
 from daajax.data import labelled
 from daajax.data.batches import Batches
 from daajax.data.labelled import partners, unpaired, with_mismatched
-from daajax.data.sources import read
-from daajax.data.tokenization import tokenize
-from daajax.data.tokenizer import load_tokenizer
 from daajax.data.tokens import concatenate
 from daajax.errors import UserError
-from tests import worlds
+from tests.data import sets
 from tests.data.test_batches import Raw, planned, random_examples, tokenized_data
 from tests.data.test_draws import chi_squared
 
@@ -167,15 +163,7 @@ def test_mismatched_responses_lie_in_batches_as_second_ones():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Tokenizes rows."""
-    folder = tmp_path_factory.mktemp("made")
-    worlds.save_tokenizer(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-
-    def tokenized(*rows):
-        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return tokenize(read("jsonl", folder / "rows.jsonl"), tokenizer, max_length=12)
-
-    return tokenized
+    return sets.tokenizing(tmp_path_factory.mktemp("made"), max_length=12)
 
 
 PAIRS = [

@@ -1,16 +1,11 @@
 """Several sources as one data set, and the columns that only some bring."""
 
-import json
-
 import numpy as np
 import pytest
 
-from daajax.data.sources import read
-from daajax.data.tokenization import tokenize
-from daajax.data.tokenizer import load_tokenizer
 from daajax.data.tokens import UNLABELLED, Ids, concatenate, source_names
 from daajax.errors import UserError
-from tests import worlds
+from tests.data import sets
 
 PAIR = {"prompt": "the dog", "chosen": " saw a cat", "rejected": " was sad"}
 
@@ -18,15 +13,7 @@ PAIR = {"prompt": "the dog", "chosen": " saw a cat", "rejected": " was sad"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Tokenizes rows."""
-    folder = tmp_path_factory.mktemp("made")
-    worlds.save_tokenizer(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-
-    def tokenized(*rows):
-        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return tokenize(read("jsonl", folder / "rows.jsonl"), tokenizer, max_length=64)
-
-    return tokenized
+    return sets.tokenizing(tmp_path_factory.mktemp("made"), max_length=64)
 
 
 def test_scores_are_a_column_in_the_order_of_the_responses(made):
