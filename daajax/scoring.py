@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from daajax import sharding
 from daajax.models.architecture import Architecture
-from daajax.models.decoder import Decoder, Params, Routing, projection
+from daajax.models.decoder import Decoder, Params, Routing, projection, variables
+from daajax.models.lora import Lora
 from daajax.ops import attention, experts
 from daajax.ops.head import token_statistics
 
@@ -64,6 +65,7 @@ class Scorer:
         remat: str,
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
+        lora: Lora | None = None,
     ) -> "Scorer":
         """Puts model, attention and head together for a mesh.
 
@@ -74,6 +76,7 @@ class Scorer:
             remat: Key of `decoder.REMAT`.
             dtype: Compute dtype.
             param_dtype: Dtype of the parameters.
+            lora: Adapters that it may have.
 
         Raises:
             UserError: If the mesh cuts the heads into unequal parts.
@@ -92,6 +95,7 @@ class Scorer:
             dtype=dtype,
             param_dtype=param_dtype,
             remat=remat,
+            lora=lora,
         )
         return cls(model, lambda batch, keys: see_kinds(a, lambda window: see(batch, keys, window)), mesh, attention)
 
@@ -107,7 +111,7 @@ class Scorer:
         apply: Any = self.model.apply
         architecture = self.model.architecture
         seen, weighed = self.see(batch, keys), responses_served(batch) if routed else None
-        hidden, routing = apply({"params": params}, batch["tokens"], batch["positions"], seen, weighed)
+        hidden, routing = apply(variables(params), batch["tokens"], batch["positions"], seen, weighed)
         return States(hidden, projection(params, architecture), architecture.final_logit_softcapping, routing)
 
     def statistics(

@@ -36,6 +36,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "experts": "tensor",
     "expert_mlp": None,
     "router": None,
+    "lora": None,
     "positions": None,
     # both
     "heads": "tensor",

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from daajax.models import rope
 from daajax.models.architecture import Architecture, Norm
+from daajax.models.lora import COLLECTION, Lora
 from daajax.models.rope import Rotation
 from daajax.ops import experts
 
@@ -48,11 +49,19 @@ REMAT = {  # what the backward pass keeps of a layer
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter of the decoder: shape, logical axes, and where it starts: at one number, or drawn."""
+    """A parameter of the decoder: shape, logical axes, and where it starts.
+
+    Attributes:
+        shape: Its shape.
+        axes: Their logical names.
+        start: One number; None: drawn.
+        spread: Drawn evenly between -spread and spread; None: from the architecture's normal distribution.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     start: float | None = None
+    spread: float | None = None
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # names as in transformers
@@ -121,6 +130,17 @@ def _norm_parameters(name: str, architecture: Architecture) -> dict[str, Paramet
     return found | ({f"{name}_bias": Parameter(shape, ("norm",), start=0.0)} if norm.bias else {})
 
 
+def adapter_parameters(architecture: Architecture, lora: Lora) -> dict[str, Parameter]:
+    """Parameters of one layer's adapters, by name: A is drawn as PEFT draws it, B is 0."""
+    found = {}
+    for name in lora.targets:
+        projection = layer_parameters(architecture)[name]
+        (inputs, outputs), (input_axis, output_axis) = projection.shape, projection.axes
+        found[f"{name}_a"] = Parameter((inputs, lora.rank), (input_axis, "lora"), spread=inputs**-0.5)
+        found[f"{name}_b"] = Parameter((lora.rank, outputs), ("lora", output_axis), start=0.0)
+    return found
+
+
 def parameter_count(architecture: Architecture) -> int:
     """Number of parameters."""
     layer, outer = (
@@ -153,6 +173,9 @@ def project(params: Params, name: str, x: Float[Array, "*axes inputs"]) -> Float
     flat = jnp.dot(x.reshape(-1, x.shape[-1]), weight, precision=precision)
     if f"{name}_bias" in params:
         flat = flat + params[f"{name}_bias"][None]
+    if f"{name}_a" in params:
+        down = jnp.dot(x.reshape(-1, x.shape[-1]), params[f"{name}_a"], precision=precision)
+        flat = flat + jnp.dot(down, params[f"{name}_b"], precision=precision)
     return flat.reshape(*x.shape[:-1], weight.shape[-1])
 
 
@@ -245,6 +268,14 @@ def decoder_layer(
     return middle + norm("post_mlp_norm", inner), (memory, routing)
 
 
+def layer_weights(stored: Params, adapters: Params, dtype: jax.typing.DTypeLike, lora: Lora | None) -> Params:
+    """One layer's parameters in the compute dtype, with those of its adapters, B scaled."""
+    weights = {name: value.astype(dtype) for name, value in stored.items()}
+    for name, value in adapters.items():
+        weights[name] = (value * lora.scale if lora is not None and name.endswith("_b") else value).astype(dtype)
+    return weights
+
+
 def of_kind(values: Any, kind: Int[Array, ""] | None) -> Any:
     """What a layer of this kind reads of values whose leading axis is that of kinds; None: there is no such axis."""
     return (
@@ -263,11 +294,21 @@ class _Layer(nn.Module):
     constrain: Callable[[Array], Array]
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
+    lora: Lora | None
 
     @nn.compact
     def __call__(self, x, rotations, seen, weighed, kind):
-        a, parameters = self.architecture, layer_parameters(self.architecture)
-        params = {name: _declare(self, name, parameter).astype(self.dtype) for name, parameter in parameters.items()}
+        a, stored, adapters = self.architecture, layer_parameters(self.architecture), {}
+        if self.lora is not None:
+            adapters = adapter_parameters(a, self.lora)
+            if not (self.is_initializing() or self.has_variable(COLLECTION, next(iter(adapters)))):
+                adapters = {}
+        params = layer_weights(
+            {name: _declare(self, name, parameter) for name, parameter in stored.items()},
+            {name: _declare(self, name, parameter, COLLECTION) for name, parameter in adapters.items()},
+            self.dtype,
+            self.lora,
+        )
         rotation, sight = of_kind(rotations, kind), of_kind(seen, kind)
         x, (_, routing) = decoder_layer(params, x, rotation, sight, weighed, a, self.attend, self.mix)
         return self.constrain(x), routing
@@ -284,6 +325,7 @@ class Decoder(nn.Module):
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters; they are cast inside the scan over layers.
         remat: Key of `REMAT`.
+        lora: Its adapters, which are on where their collection is among the variables; None: it has none.
     """
 
     architecture: Architecture
@@ -293,6 +335,7 @@ class Decoder(nn.Module):
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
     remat: str = "none"
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -316,7 +359,7 @@ class Decoder(nn.Module):
         kinds = _kinds(a)
         layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, COLLECTION: 0},
             split_rngs={"params": True},
             in_axes=(*[nn.broadcast] * 3, nn.broadcast if kinds is None else 0),  # pyright: ignore[reportArgumentType] - its own annotation forgets it
             length=a.num_hidden_layers,
@@ -324,7 +367,7 @@ class Decoder(nn.Module):
         )
         x = self.constrain(embed(outer, tokens, positions, a, self.dtype))
         rotations = rope.rotations(a.kinds, a.head_dim, positions)
-        stack = layers(a, self.attend, self.mix, self.constrain, self.dtype, self.param_dtype, name="layers")
+        stack = layers(a, self.attend, self.mix, self.constrain, self.dtype, self.param_dtype, self.lora, name="layers")
         x, routing = stack(x, rotations, seen, weighed, kinds)
         return normalize(outer, "norm", x, a.norm), routing
 
@@ -334,12 +377,21 @@ def _kinds(architecture: Architecture) -> Int[Array, " layers"] | None:
     return jnp.asarray(architecture.kind_of, jnp.int32) if architecture.kind_of else None
 
 
-def _declare(module: nn.Module, name: str, parameter: Parameter) -> Array:
-    start = parameter.start
-    normal = nn.initializers.normal(module.architecture.initializer_range)
-    init = normal if start is None else nn.initializers.constant(start)
-    value: Any = module.param(name, nn.with_partitioning(init, parameter.axes), parameter.shape, module.param_dtype)
-    return value
+def _declare(module: nn.Module, name: str, parameter: Parameter, collection: str = "params") -> Array:
+    init: Any = nn.initializers.normal(module.architecture.initializer_range)
+    if parameter.start is not None:
+        init = nn.initializers.constant(parameter.start)
+    elif parameter.spread is not None:
+        init = _evenly(parameter.spread)
+    init, shape, dtype = nn.with_partitioning(init, parameter.axes), parameter.shape, module.param_dtype
+    if collection == "params":
+        value: Any = module.param(name, init, shape, dtype)
+        return value
+    return module.variable(collection, name, lambda: init(module.make_rng("params"), shape, dtype)).value
+
+
+def _evenly(spread: float) -> Callable[..., Array]:
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -spread, spread)
 
 
 def embed(
@@ -380,16 +432,17 @@ def decode(
     a, dtype = model.architecture, model.dtype
     rotations = rope.rotations(a.kinds, a.head_dim, positions)
 
-    def layer(x: Array, operands: tuple[Params, Memory | None, Array | None]) -> tuple[Array, Memory]:
-        stored, earlier, kind = operands
-        weights = {name: value.astype(dtype) for name, value in stored.items()}
+    def layer(x: Array, operands: tuple[Params, Params, Memory | None, Array | None]) -> tuple[Array, Memory]:
+        stored, adapters, earlier, kind = operands
+        weights = layer_weights(stored, adapters, dtype, model.lora)
         sight = of_kind(seen, kind)
         what = sight if earlier is None else (sight, earlier)
         x, (made, _) = decoder_layer(weights, x, of_kind(rotations, kind), what, None, a, model.attend, model.mix)
         return model.constrain(x), made
 
     x = model.constrain(embed(params, tokens, positions, a, dtype))
-    x, made = jax.lax.scan(layer, x, (params["layers"], memory, _kinds(a)))
+    adapters = params.get(COLLECTION, {}).get("layers", {})
+    x, made = jax.lax.scan(layer, x, (params["layers"], adapters, memory, _kinds(a)))
     return normalize(params, "norm", x, a.norm), made
 
 
@@ -413,8 +466,15 @@ def init_params(model: Decoder, key: Array, *, unbox: bool = True) -> Params:
         constrain=lambda x: x,
     )
     one = jnp.zeros((1, 1), jnp.int32)
-    params: Any = model.init(key, one, one, None)["params"]
+    made: Any = model.init(key, one, one, None)
+    params = {**made["params"], **{name: value for name, value in made.items() if name != "params"}}
     return nn.unbox(params) if unbox else params
+
+
+def variables(params: Params) -> dict[str, Params]:
+    """Parameters as the collections that `Decoder.apply` takes."""
+    base = {name: value for name, value in params.items() if name != COLLECTION}
+    return {"params": base} | ({COLLECTION: params[COLLECTION]} if COLLECTION in params else {})
 
 
 def is_decayed(path: str) -> bool:

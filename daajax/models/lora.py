@@ -1,0 +1,104 @@
+"""Low-rank adapters: what they are, which parameters they leave to train, and how they melt into the weights.
+
+A projection W with an adapter computes x·W + s·(x·A)·B (Hu et al. 2021, https://arxiv.org/abs/2106.09685). A and B are
+a collection of their own, `lora`, beside the base: the same model without it is the model that adapters began from.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.traverse_util as traverse
+import jax
+import jax.numpy as jnp
+
+from daajax.errors import UserError
+from daajax.models.architecture import Architecture
+
+Tree = dict[str, Any]
+
+COLLECTION = "lora"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = PROJECTIONS[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters of some projections, in every layer.
+
+    Attributes:
+        rank: Columns of A.
+        alpha: What they are weighed with, over `rank`, or over its root if `rslora`.
+        targets: Names of projections.
+        rslora: Rank-stabilized scaling (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What (x·A)·B is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def targets_of(architecture: Architecture, names: Sequence[str]) -> tuple[str, ...]:
+    """The projections that adapters are asked for, in the decoder's order.
+
+    Args:
+        architecture: Of the base.
+        names: Names of projections; `all-linear` stands for all of them.
+
+    Raises:
+        UserError: If the model has no such projection, or experts in its place.
+    """
+    there = [name for name in PROJECTIONS if name != "gate_proj" or architecture.gated]
+    if architecture.experts is not None:
+        there = list(ATTENTION)
+    asked = there if list(names) == ["all-linear"] else names
+    if unknown := [name for name in asked if name not in there]:
+        raise UserError(
+            f"lora.targets has {unknown[0]!r}, which a {architecture.model_type} has no adapter for; it has "
+            f"{', '.join(there)}, or 'all-linear' for all of them."
+        )
+    return tuple(name for name in there if name in asked)
+
+
+def split(params: Tree, is_trained: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """A tree in two: what is trained and what is frozen, by path such as `layers/q_proj`."""
+    flat = traverse.flatten_dict(params, sep="/")
+    parts = ({path: leaf for path, leaf in flat.items() if is_trained(path) == trained} for trained in (True, False))
+    trained, frozen = (traverse.unflatten_dict(part, sep="/") for part in parts)
+    return trained, frozen
+
+
+def joined(one: Tree, other: Tree) -> Tree:
+    """The tree that was split; where a leaf is in both, that of `one`."""
+    flat = traverse.flatten_dict(other, sep="/") | traverse.flatten_dict(one, sep="/")
+    return traverse.unflatten_dict(flat, sep="/")
+
+
+def without(params: Tree) -> Tree:
+    """The model with its adapters off."""
+    return {name: value for name, value in params.items() if name != COLLECTION}
+
+
+def merged(params: Tree, lora: Lora | None) -> Tree:
+    """The weights with their adapters melted in, in the dtype that they have; where they live does not change."""
+    if lora is None or COLLECTION not in params:
+        return without(params)
+    adapters, layers = params[COLLECTION]["layers"], dict(params["layers"])
+    for name in lora.targets:
+        layers[name] = _melt(layers[name], adapters[f"{name}_a"], adapters[f"{name}_b"], lora.scale)
+    return {**without(params), "layers": layers}
+
+
+@jax.jit
+def _melt(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    delta = jnp.einsum(
+        "lir,lro->lio", a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
