@@ -72,6 +72,8 @@ _RANGES = {
     "eval_data.limit": _Range(1),
     "eval_data.max_bad_rows": _Range(0),
     "log.every": _Range(1),
+    "lora.alpha": _Range(0, is_open=True),
+    "lora.rank": _Range(0),
     "max_length": _Range(2),
     "max_prompt_length": _Range(1),
     "micro_batches": _Range(1),

@@ -165,7 +165,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     saved = checkpoint.Checkpoints(where)
     step = saved.choose(step)
     data, plan = inputs.load_held_out(config, architecture, terms, mesh)
-    scorer = run.make_scorer(config, architecture, mesh)
+    scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
     live, columns, initial, reference = bool(run.why_live(config, terms)), {}, None, {}
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     if config.reference.mode != "none":
@@ -177,7 +177,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
         origin = checkpoint.Record(data="", model=found.policy, reference=found.digest)
         saved.check_origin(step, origin, forced=config.resume == "force")
         del found
-    if step != 0:
+    if step != 0 and scorer.model.lora is None:
         initial = None  # before the others come
     state = run.state_at(config, saved, step, scorer, terms, mesh, initial=initial)
     progress = Progress("evaluate", plan.updates, "batch")

@@ -26,6 +26,7 @@ from daajax.models import directory
 from daajax.models.architecture import describe_rope, for_length
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
+from daajax.models.lora import Lora
 from daajax.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Model:
         param_dtype: Dtype of its parameters.
         load: Brings the parameters that a scorer scores with onto a mesh.
         length: Tokens of the longest sequence that it was trained on; 0: nobody knows.
+        lora: Its adapters; None: it has none.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Model:
     param_dtype: str
     load: Callable[[Scorer, Any], Params]
     length: int = 0
+    lora: Lora | None = None
 
 
 def generate(options: Options) -> None:
@@ -137,6 +140,7 @@ def generate(options: Options) -> None:
         remat="none",
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
+        lora=model.lora,
     )
     params = model.load(scorer, mesh)
     say(
@@ -192,6 +196,7 @@ def model_of_run(options: Options) -> Model:
         config.model.param_dtype,
         functools.partial(run.params_at, config, saved, step),
         config.max_length,
+        run.lora_of(config, read_architecture(config.model.path)),
     )
 
 

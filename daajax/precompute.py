@@ -31,7 +31,7 @@ def precompute(config: Config, workdir: str = "") -> None:
     if why := run.why_live(config, terms):
         raise UserError(f"the reference stays in memory beside the policy ({why}): there is nothing to precompute.")
     sets = inputs.load_sets(config, architecture, terms, mesh)
-    scorer = run.make_scorer(config, architecture, mesh)
+    scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     params = run.load_initial_params(config, scorer, mesh)
     run.load_reference(config, sets, scorer, reference_scorer, params, terms, mesh)

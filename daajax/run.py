@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +19,12 @@ from daajax.data.packing import Plan
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
 from daajax.losses.terms import Needs, Term, initial_state
-from daajax.models import decoder, directory, weights
+from daajax.models import decoder, directory, lora, weights
 from daajax.models.architecture import Architecture
-from daajax.models.decoder import Params
+from daajax.models.decoder import Params, outer_parameters
 from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
+from daajax.models.lora import Lora
 from daajax.scoring import Batch, Scorer
 from daajax.step import TrainState
 
@@ -58,8 +59,31 @@ def fetch_models(
     return local, found
 
 
-def make_scorer(config: Config, architecture: Architecture, mesh: Any) -> Scorer:
-    """The scoring function of a model on a mesh.
+def lora_of(config: Config, architecture: Architecture) -> Lora | None:
+    """The adapters that a config asks for.
+
+    Raises:
+        UserError: If the model has no such projections or parameters.
+    """
+    options = config.lora
+    if not options.rank:
+        return None
+    there = outer_parameters(architecture)
+    if unknown := [name for name in options.modules_to_save if name not in there]:
+        raise UserError(f"lora.modules_to_save has {unknown[0]!r}; this model has {', '.join(there)}.")
+    return Lora(options.rank, options.alpha, lora.targets_of(architecture, options.targets), options.rslora)
+
+
+def is_trained(config: Config) -> Callable[[str], bool]:
+    """Whether a parameter is trained, by path."""
+    if not config.lora.rank:
+        return lambda path: True
+    whole = tuple(config.lora.modules_to_save)
+    return lambda path: path.startswith(f"{lora.COLLECTION}/") or path.removesuffix("_bias") in whole
+
+
+def make_scorer(config: Config, architecture: Architecture, mesh: Any, *, adapters: Lora | None = None) -> Scorer:
+    """The scoring function of a model on a mesh, and of its adapters where parameters have any.
 
     Raises:
         UserError: If the mesh cuts the heads into unequal parts.
@@ -71,6 +95,7 @@ def make_scorer(config: Config, architecture: Architecture, mesh: Any) -> Scorer
         remat=config.remat,
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
+        lora=adapters,
     )
 
 
@@ -93,16 +118,22 @@ def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None
         mesh: The mesh.
         random_seed: Draws fresh parameters from it instead of reading them.
     """
-    shapes, shardings = param_layout(scorer, mesh)
+    shapes, shardings = (lora.without(tree) for tree in param_layout(scorer, mesh))
     if random_seed is None:
         return weights.load(path, scorer.model.architecture, shapes, shardings)
-    init = jax.jit(lambda key: decoder.init_params(scorer.model, key), out_shardings=shardings)
+    init = jax.jit(lambda key: lora.without(decoder.init_params(scorer.model, key)), out_shardings=shardings)
     return init(jax.random.key(random_seed))
 
 
 def load_initial_params(config: Config, scorer: Scorer, mesh: Any) -> Params:
-    """The parameters that training starts from: those of model.path, or fresh ones drawn from the seed."""
-    return load_params(config.model.path, scorer, mesh, random_seed=config.seed if config.model.random_init else None)
+    """The parameters that training starts from: of model.path, or drawn from the seed as adapters are."""
+    seed = config.seed if config.model.random_init else None
+    params = load_params(config.model.path, scorer, mesh, random_seed=seed)
+    if scorer.model.lora is None:
+        return params
+    homes = param_layout(scorer, mesh)[1][lora.COLLECTION]
+    draw = jax.jit(lambda key: decoder.init_params(scorer.model, key)[lora.COLLECTION], out_shardings=homes)
+    return {**params, lora.COLLECTION: draw(jax.random.key(config.seed))}
 
 
 def params_at(config: Config, saved: Checkpoints, step: int, scorer: Scorer, mesh: Any) -> Params:
@@ -141,14 +172,24 @@ def state_at(
     if step == 0:
         if initial is None:
             initial = load_initial_params(config, scorer, mesh)
-            origin = Record(data="", model=digest_of(initial))
+            origin = Record(data="", model=digest_of(lora.without(initial)))
             saved.check_origin(step, origin, forced=config.resume == "force")
         return TrainState(None, initial, (), jax.tree.map(jnp.float32, initial_state(terms)))
-    abstract = sharding.abstract(*param_layout(scorer, mesh))
+    frozen = {}
+    if scorer.model.lora is not None:  # the checkpoint has what was trained, the rest is where it came from
+        initial = initial or load_initial_params(config, scorer, mesh)
+        saved.check_origin(
+            step, Record(data="", model=digest_of(lora.without(initial))), forced=config.resume == "force"
+        )
+        frozen = lora.split(initial, is_trained(config))[1]
+    layout = (lora.split(tree, is_trained(config))[0] for tree in param_layout(scorer, mesh))
+    abstract = sharding.abstract(*layout)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     kept = jax.tree.map(lambda _: scalar, initial_state(terms))
     follows = terms and config.reference.mode == "ema"
-    return saved.restore_parts(step, TrainState(None, abstract, (), kept, abstract if follows else ()))
+    found = saved.restore_parts(step, TrainState(None, abstract, (), kept, abstract if follows else ()))
+    reference = lora.joined(found.reference, frozen) if found.reference else ()
+    return found._replace(params=lora.joined(found.params, frozen), reference=reference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +261,7 @@ def load_reference(
         terms: The loss.
         mesh: The mesh.
     """
+    params = lora.without(params)  # fresh adapters change nothing
     policy = digest = digest_of(params)
     what, architecture = config.model.path, reference_scorer.model.architecture
     if config.reference.mode == "path":

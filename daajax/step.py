@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from daajax import ema, metrics, sharding
 from daajax.loss import Counts, Order, State, Sums, loss_of, router_loss, sums_of
 from daajax.losses.terms import Needs, Term, initial_state
+from daajax.models import lora
 from daajax.models.decoder import Params, Routing
 from daajax.scoring import Batch, Scorer, States
 
@@ -29,10 +30,10 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: Updates done, int32 [].
-        params: The policy's.
+        params: The policy's that are trained.
         optimizer: The optimizer's state.
         objectives: What objectives keep from update to update, float32 [], by name of the term and their own.
-        reference: Parameters of a reference that follows the policy; empty where it does not.
+        reference: The same of a reference that follows the policy; empty where it does not.
     """
 
     step: Any
@@ -126,6 +127,21 @@ def all_finite(params: Params) -> Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
+class Beside(NamedTuple):
+    """Parameters beside the state, which no update changes.
+
+    Attributes:
+        frozen: The policy's that are not trained.
+        reference: Those of a live reference that is not part of the state.
+    """
+
+    frozen: Any = ()
+    reference: Any = ()
+
+
+NOTHING = Beside()
+
+
 class Live(NamedTuple):
     """A reference whose model is there beside the policy's.
 
@@ -203,12 +219,13 @@ def loss_and_gradient(
     keys: int,
     live: Live | None = None,
     router_loss_coef: float = 0.0,
+    frozen: Params | None = None,
 ) -> tuple[Params, metrics.Logged, State]:
     """Gradient of an update's loss, float32; what to log of it; what the objectives keep after it.
 
     Args:
         scorer: Scores rows.
-        params: The policy's.
+        params: The policy's that are trained.
         batch: A whole update, `[micro_batches, rows, …]`.
         terms: The loss.
         state: What the objectives keep, after the update before.
@@ -216,11 +233,13 @@ def loss_and_gradient(
         keys: The plan's capacity in gathered keys.
         live: The reference, where its model is there.
         router_loss_coef: What `daajax.loss.router_loss` is added with.
+        frozen: The policy's that are not trained; they get no gradient.
     """
     counts, needs, balances = Counts.of(batch), Needs.of(terms), router_loss_coef > 0
 
     def score(params: Params, part: Batch) -> Scored:
-        return sums_under(scorer, params, part, needs, keys=keys, live=live, routed=balances)
+        policy = lora.joined(params, frozen or {})
+        return sums_under(scorer, policy, part, needs, keys=keys, live=live, routed=balances)
 
     def cotangents(scored: Scored, part: Batch) -> tuple[Scored, tuple[metrics.Logged, State]]:
         """Gradient of the loss with respect to sums; the examples of other parts are absent from it."""
@@ -298,7 +317,7 @@ class Update:
         batch_sharding: Where every array of a batch lives.
         replicated: Where metrics live.
         reference_scorer: Scores rows under a reference whose model is there beside the policy's; None: none is.
-        reference_shardings: Where its parameters live, if they are not part of the state.
+        beside_shardings: Where the parameters beside the state live.
         follow: How a reference that is part of the state follows the policy.
         router_loss_coef: What the loss that balances experts is added with.
     """
@@ -315,14 +334,15 @@ class Update:
         batch_sharding: Any,
         replicated: Any,
         reference_scorer: Scorer | None = None,
-        reference_shardings: Any = None,
+        beside_shardings: Beside = NOTHING,
         follow: Follow | None = None,
         router_loss_coef: float = 0.0,
     ):
-        def update(
-            state: TrainState, batch: Batch, reference: Params, keys: int
-        ) -> tuple[TrainState, dict[str, Array]]:
-            live = None if reference_scorer is None else Live(reference_scorer, state.reference or reference)
+        def update(state: TrainState, batch: Batch, beside: Beside, keys: int) -> tuple[TrainState, dict[str, Array]]:
+            live, frozen = None, beside.frozen or {}
+            if reference_scorer is not None:
+                compared = lora.joined(state.reference, frozen) if state.reference else beside.reference
+                live = Live(reference_scorer, compared)
             gradient, logged, kept = loss_and_gradient(
                 scorer,
                 state.params,
@@ -333,6 +353,7 @@ class Update:
                 keys=keys,
                 live=live,
                 router_loss_coef=router_loss_coef,
+                frozen=frozen,
             )
             changes, moments = optimizer.update(gradient, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, changes)
@@ -348,38 +369,38 @@ class Update:
         self._jitted = jax.jit(
             update,
             static_argnums=3,
-            in_shardings=(state_shardings, batch_sharding, reference_shardings or {}),
+            in_shardings=(state_shardings, batch_sharding, beside_shardings),
             out_shardings=(state_shardings, replicated),
             donate_argnums=0,
         )
         self._compiled = {}
 
     def compile(
-        self, state: TrainState, batch: Mapping[str, Any], reference: Params | None = None, *, keys: int
+        self, state: TrainState, batch: Mapping[str, Any], beside: Beside = NOTHING, *, keys: int
     ) -> jax.stages.Compiled:
         """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one.
 
         Everything may be abstract: shapes, dtypes and shardings are enough.
         """
-        compiled = self._jitted.lower(state, batch, reference or {}, keys).compile()
+        compiled = self._jitted.lower(state, batch, beside, keys).compile()
         self._compiled[_shapes(batch), keys] = compiled
         return compiled
 
     def __call__(
-        self, state: TrainState, batch: Batch, reference: Params | None = None, *, keys: int
+        self, state: TrainState, batch: Batch, beside: Beside = NOTHING, *, keys: int
     ) -> tuple[TrainState, dict[str, Array]]:
         """Runs one update.
 
         Args:
             state: Donated.
             batch: The update's.
-            reference: Parameters of a reference whose model is there and that is not part of the state.
+            beside: The parameters beside the state.
             keys: The plan's capacity for this batch's shape.
         """
         key = (_shapes(batch), keys)
         if key not in self._compiled:
-            self.compile(state, batch, reference, keys=keys)
-        return self._compiled[key](state, batch, reference or {})
+            self.compile(state, batch, beside, keys=keys)
+        return self._compiled[key](state, batch, beside)
 
 
 def _shapes(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:

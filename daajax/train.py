@@ -21,9 +21,9 @@ from daajax.console import Progress, say
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
 from daajax.losses.terms import Needs, bind
-from daajax.models import weights
+from daajax.models import lora, weights
 from daajax.models.architecture import describe_rope
-from daajax.models.decoder import Params, parameter_count
+from daajax.models.decoder import parameter_count
 from daajax.models.families import read_architecture
 from daajax.optimizer import make_optimizer, make_schedule
 
@@ -82,23 +82,29 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         max_grad_norm=config.optimizer.max_grad_norm,
         hyperparameters=hyperparameters(config),
     )
-    scorer = run.make_scorer(config, architecture, mesh)
+    scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
     shapes, param_shardings = run.param_layout(scorer, mesh)
+    trained = run.is_trained(config)
+    (own, fixed), (own_homes, fixed_homes) = (lora.split(tree, trained) for tree in (shapes, param_shardings))
     if not config.model.random_init:
-        weights.check(config.model.path, architecture, shapes)
+        weights.check(config.model.path, architecture, lora.without(shapes))
     say(
         f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, {config.model.param_dtype}, "
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"
     )
+    if fixed:
+        say(f"lora: {sum(leaf.size for leaf in jax.tree.leaves(own)):,} parameters are trained, the others stay")
     for line in [*describe_rope(architecture), *sharding.describe(shapes, param_shardings)]:
         say(f"model: {line}")
 
     # ------------------------------------------------------------------ the compiled update, before minutes are spent
-    homes = step.state_shardings(mesh, optimizer, shapes, param_shardings, terms, follows=follows)
-    abstract = step.abstract_state(shapes, optimizer, homes, terms)
-    beside = run.param_layout(reference_scorer, mesh) if is_live and not follows else ({}, {})
+    homes = step.state_shardings(mesh, optimizer, own, own_homes, terms, follows=follows)
+    abstract = step.abstract_state(own, optimizer, homes, terms)
+    compared = run.param_layout(reference_scorer, mesh) if is_live and not follows else ({}, {})
+    compared_with, compared_homes = (lora.without(tree) for tree in compared)
+    beside_homes = step.Beside(fixed_homes, compared_homes)
     batch_sharding = sharding.sharding(mesh, ("micro_batches", "rows"))
     update = step.Update(
         scorer,
@@ -110,7 +116,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         batch_sharding=batch_sharding,
         replicated=sharding.replicated(mesh),
         reference_scorer=reference_scorer if is_live else None,
-        reference_shardings=beside[1],
+        beside_shardings=beside_homes,
         follow=step.Follow(config.reference.ema.decay, config.reference.ema.every) if follows else None,
         router_loss_coef=config.model.router_aux_loss_coef,
     )
@@ -118,7 +124,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in Needs.of(terms).of_reference}
     shaped = inputs.make_batches(config, data, plan, unknown, terms)[largest]
     abstract_batch = sharding.abstract(shaped, dict.fromkeys(shaped, batch_sharding))
-    compiled = update.compile(abstract, abstract_batch, sharding.abstract(*beside), keys=plan.shape(largest).keys)
+    abstract_beside = sharding.abstract(step.Beside(fixed, compared_with), beside_homes)
+    compiled = update.compile(abstract, abstract_batch, abstract_beside, keys=plan.shape(largest).keys)
     say(f"compiled the update in {time.perf_counter() - began:.1f} s")
     if fits := memory.check(compiled, "the update"):
         say(f"memory: {fits}")
@@ -127,14 +134,16 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     # ------------------------------------------------------------------ reference, then its weights are gone
     resumes = done > 0
     params, reference, live, columns = {}, None, {}, [{}] * len(sets)
-    if config.reference.mode != "none" or not resumes:
+    if config.reference.mode != "none" or not resumes or fixed:
         params = run.load_initial_params(config, scorer, mesh)
     if config.reference.mode != "none":
         reference = run.load_reference(config, sets, scorer, reference_scorer, params, terms, mesh)
         columns = reference.columns
         if not follows:  # what follows is part of the state
-            donated = reference.live is params and not resumes
-            live = jax.tree.map(jnp.copy, params) if donated else reference.live
+            live = reference.live
+            if live and not resumes and config.reference.mode == "snapshot":  # what is trained is donated
+                taken, kept = lora.split(live, trained)
+                live = lora.joined(jax.tree.map(jnp.copy, taken), kept)
         reference = dataclasses.replace(reference, live={})
     batches, evaluation = inputs.make_batches(config, data, plan, columns[0], terms), None
     if sets[1:]:
@@ -145,6 +154,10 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     origin = checkpoint.Record(data=data.digest, model="")
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
+    elif fixed:
+        origin = dataclasses.replace(origin, model=weights.digest(lora.without(params)))
+    params, frozen = lora.split(params, trained)
+    beside = step.Beside(frozen, live)
     if resumes:
         del params  # before the others come
         forced = config.resume == "force"
@@ -163,7 +176,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     else:
         first, keys = sharding.place(mesh, batches[0]), plan.shape(0).keys
         if is_live:
-            known = step.Live(reference_scorer, state.reference or live)
+            follower = lora.joined(state.reference, frozen) if state.reference else live
+            known = step.Live(reference_scorer, follower)
             first |= step.known_of_reference(known, first, Needs.of(terms), keys=keys)
         expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
         del first
@@ -179,7 +193,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         writer, is_saved = None, True
         for t in range(done, plan.updates):
             batch = sharding.place(mesh, batches[t])
-            state, logged = update(state, batch, live, keys=plan.shape(t).keys)
+            state, logged = update(state, batch, beside, keys=plan.shape(t).keys)
             queued.append(logged["loss"])
             if len(queued) > IN_FLIGHT:
                 queued.popleft().block_until_ready()
@@ -205,7 +219,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
                     writer = stack.enter_context(contextlib.closing(metrics.Writer(where, updates=done)))
                     earliest = latest
                 if evaluates and evaluation is not None:
-                    latest |= _evaluated(evaluation, state, live, t + 1)
+                    latest |= _evaluated(evaluation, state, beside, t + 1)
                 writer.write(t + 1, latest)
                 progress.advance({name: latest[name] for name in SHOWN if name in latest})
             else:
@@ -226,7 +240,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             folder.begin(where, asked, updates=done, revisions=revisions)
         weights.save(
             str(where / "model"),
-            state.params,
+            lora.merged(lora.joined(state.params, frozen), scorer.model.lora),
             architecture,
             model_path=config.model.path,
             tokenizer_path=tokenizer_path(config),
@@ -248,10 +262,12 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     say(f"the model is in {where / 'model'}, the metrics in {where / 'metrics.jsonl'}")
 
 
-def _evaluated(evaluation: Evaluation, state: step.TrainState, live: Params, updates: int) -> dict[str, float]:
+def _evaluated(evaluation: Evaluation, state: step.TrainState, beside: step.Beside, updates: int) -> dict[str, float]:
     """What an evaluation finds; nothing where it fails, which is said and does not end the run."""
     try:
-        values = evaluation(state.params, state.objectives, state.reference or live)
+        params = lora.joined(state.params, beside.frozen)
+        compared = lora.joined(state.reference, beside.frozen) if state.reference else beside.reference
+        values = evaluation(params, state.objectives, compared)
     except Exception as error:  # whatever it is: hours of training are worth more
         say(f"the evaluation after update {updates} failed ({one_line(error)}); the run goes on")
         return {}

@@ -92,12 +92,12 @@ def merged(params: Tree, lora: Lora | None) -> Tree:
         return without(params)
     adapters, layers = params[COLLECTION]["layers"], dict(params["layers"])
     for name in lora.targets:
-        layers[name] = _melt(layers[name], adapters[f"{name}_a"], adapters[f"{name}_b"], lora.scale)
+        layers[name] = _melt(layers[name], adapters[f"{name}_a"], adapters[f"{name}_b"], jnp.float32(lora.scale))
     return {**without(params), "layers": layers}
 
 
 @jax.jit
-def _melt(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def _melt(weight: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     delta = jnp.einsum(
         "lir,lro->lio", a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
