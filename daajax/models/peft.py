@@ -1,7 +1,7 @@
 """Adapters as PEFT stores them: `adapter_config.json` and `adapter_model.safetensors`.
 
-Where a family stores several projections as one (Phi-3's `qkv_proj`), their adapters become one of the sum of their ranks:
-A's lie under one another, B's on a diagonal of blocks, and alpha grows so that the scale stays.
+Where a family stores several projections as one (Phi-3's `qkv_proj`), their adapters become one of the sum of their
+ranks: A's lie under one another, B's on a diagonal of blocks, and alpha grows so that the scale stays.
 """
 
 import json
