@@ -24,6 +24,7 @@ from daajax.losses.terms import Needs, bind
 from daajax.models import lora, weights
 from daajax.models.architecture import describe_rope
 from daajax.models.decoder import parameter_count
+from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
 from daajax.optimizer import make_optimizer, make_schedule
 
@@ -155,7 +156,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
     elif fixed:
-        origin = dataclasses.replace(origin, model=weights.digest(lora.without(params)))
+        origin = dataclasses.replace(origin, model=digest_of(lora.without(params)))
     params, frozen = lora.split(params, trained)
     beside = step.Beside(frozen, live)
     if resumes:
