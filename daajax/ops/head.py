@@ -3,6 +3,7 @@
 `token_statistics` walks over the scored tokens in chunks. Within a chunk it multiplies hidden states with the
 vocabulary projection once, reduces the logits to float32 numbers per token, and forgets them; its backward pass
 recomputes them and applies the analytic derivative of every statistic, written beside the statistic in `STATISTICS`.
+A projection that is not differentiated costs no third product, and no gradient of its size exists.
 To add one: a value, a derivative with respect to the logits, a line in the table.
 """
 
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 CHUNK = 2048  # tokens; each chunk reads the whole projection forward, and reads and writes its gradient backward
@@ -142,10 +144,6 @@ def token_statistics(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _statistics(hidden, projection, targets, count, reference, names, caps, chunk):
-    return _forward(hidden, projection, targets, count, reference, names, caps, chunk)[0]
-
-
-def _forward(hidden, projection, targets, count, reference, names, caps, chunk):
     weights = projection.astype(hidden.dtype)
 
     def visit(step, values):
@@ -156,12 +154,18 @@ def _forward(hidden, projection, targets, count, reference, names, caps, chunk):
         return tuple(jax.lax.dynamic_update_slice(v, n, (at,)) for v, n in zip(values, new, strict=True))
 
     start = tuple(jnp.zeros(len(hidden), jnp.float32) for _ in names)
-    values = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, visit, start)
-    return values, (hidden, projection, targets, count, reference, values)
+    return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, visit, start)
+
+
+def _forward(hidden, projection, targets, count, reference, names, caps, chunk):
+    given = jax.tree.map(lambda x: x.value, (hidden, projection, targets, count, reference))
+    values = _statistics(*given, names, caps, chunk)
+    return values, (*given, values, () if projection.perturbed else None)
 
 
 def _backward(names, caps, chunk, residuals, cotangents):
-    hidden, projection, targets, count, reference, values = residuals
+    hidden, projection, targets, count, reference, values, is_trained = residuals
+    cotangents = [None if isinstance(c, SymbolicZero) else c for c in cotangents]
     weights = projection.astype(hidden.dtype)
 
     def visit(step, carry):
@@ -171,22 +175,26 @@ def _backward(names, caps, chunk, residuals, cotangents):
         real = at + jnp.arange(chunk) < count
         d_logits = jnp.zeros_like(logits.log_probs)
         for name, value, cotangent in zip(names, values, cotangents, strict=True):
+            if cotangent is None:
+                continue
             value, cotangent = (jax.lax.dynamic_slice(x, (at,), (chunk,)) for x in (value, cotangent))
             d_logits += jnp.where(real, cotangent, 0)[:, None] * STATISTICS[name][1](logits, value)
         if logits.slope is not None:
             d_logits *= logits.slope
         d_logits = d_logits.astype(hidden.dtype)  # the two products below run in the compute dtype, summed in float32
-        states = jax.lax.dynamic_slice_in_dim(hidden, at, chunk)
         d_states = _product(d_logits, weights, ((1,), (0,))).astype(hidden.dtype)
-        d_projection += _product(d_logits, states, ((0,), (0,)))
+        if d_projection is not None:
+            states = jax.lax.dynamic_slice_in_dim(hidden, at, chunk)
+            d_projection += _product(d_logits, states, ((0,), (0,)))
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_states, at, axis=0), d_projection
 
-    start = jnp.zeros_like(hidden), jnp.zeros(projection.shape, jnp.float32)
+    start = jnp.zeros_like(hidden), None if is_trained is None else jnp.zeros(projection.shape, jnp.float32)
     d_hidden, d_projection = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, visit, start)
-    return d_hidden, d_projection.astype(projection.dtype), None, None, None
+    d_projection = None if d_projection is None else d_projection.astype(projection.dtype)
+    return d_hidden, d_projection, None, None, None
 
 
-_statistics.defvjp(_forward, _backward)
+_statistics.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _chunk_logits(hidden, projection, targets, reference, at, caps, chunk) -> _Logits:
