@@ -81,13 +81,15 @@ def get_config() -> Any:
     # weight of the loss that balances the experts of a mixture (its config's router_aux_loss_coef is not read); 0: none
     config.model.router_aux_loss_coef = 0.0
 
-    config.lora = config_dict.ConfigDict()  # low-rank adapters: only they are trained, the base stays as it is
+    # low-rank adapters: only they are trained; the base stays as it is, and is kept in model.dtype
+    config.lora = config_dict.ConfigDict()
     config.lora.rank = 0  # 0: off, all parameters are trained
     config.lora.alpha = 16.0  # adapters are weighed with alpha / rank
     # projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear
     config.lora.targets = ("all-linear",)
     config.lora.rslora = False  # weigh with alpha / √rank
-    config.lora.modules_to_save = ()  # parameters that are trained whole beside them: embed_tokens, norm, lm_head
+    # parameters that are trained whole beside them: embed_tokens, norm, lm_head, pre_attention_norm, router, …
+    config.lora.modules_to_save = ()
 
     config.tokenizer = config_dict.ConfigDict()
     config.tokenizer.path = optional_text()  # directory of the tokenizer, or as model.path; None: that
@@ -123,8 +125,8 @@ def get_config() -> Any:
     config.extra_losses = ()  # further ones to add: ({'name': 'sft', 'weight': 0.2},)
 
     config.reference = config_dict.ConfigDict()
-    # snapshot: the initial policy, under fresh adapters the base; path: another model; ema: a copy that follows
-    # the policy (TR-DPO); none: the loss reads no reference
+    # snapshot: the initial policy; path: another model; adapter_off: the policy's base, without its adapters; ema: a
+    # copy that follows the policy (TR-DPO), under adapters theirs; none: the loss reads no reference
     config.reference.mode = "snapshot"
     config.reference.path = optional_text()  # model for mode path, named as model.path
     # keep its model in memory beside the policy and score with it, in place of the cache; objectives that read whole

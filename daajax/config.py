@@ -23,7 +23,7 @@ from daajax.scoring import ATTENTION
 Config = Any  # a ConfigDict with the keys of configs/base.py; it types none of its attributes
 
 DTYPES = ("float32", "bfloat16")
-REFERENCE_MODES = ("snapshot", "path", "ema", "none")
+REFERENCE_MODES = ("snapshot", "path", "adapter_off", "ema", "none")
 
 
 class _Range(NamedTuple):
@@ -133,6 +133,7 @@ def resolve(config: Config) -> Config:
         max_grad_norm=config.optimizer.max_grad_norm,
         hyperparameters=hyperparameters(config),
     )
+    _check_lora(config)
     _check_reference(config)
     for name, value in (("eval.every", config.eval.every), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and config.eval_data.path is None:
@@ -304,8 +305,22 @@ def hyperparameters(config: Config) -> dict[str, float | None]:
     return {name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay")}
 
 
+def _check_lora(config: Config) -> None:
+    found, known = config.lora.to_dict(), base.get_config().lora.to_dict()
+    changed = [name for name, value in found.items() if value != known[name]]
+    if changed and not found["rank"]:
+        raise UserError(f"config.lora.{changed[0]} is set but config.lora.rank is 0: give adapters a rank.")
+    if not found["targets"]:
+        raise UserError("config.lora.targets is empty; name projections, or ('all-linear',) for all of them.")
+    for name in ("targets", "modules_to_save"):
+        if wrong := [one for one in found[name] if not isinstance(one, str)]:
+            raise UserError(f"config.lora.{name} holds {wrong[0]!r}; it needs names, such as ('q_proj', 'v_proj').")
+
+
 def _check_reference(config: Config) -> None:
     reference = config.reference
+    if reference.mode == "adapter_off" and not config.lora.rank:
+        raise UserError("config.reference.mode='adapter_off' but config.lora.rank is 0: there is no adapter.")
     if (reference.mode == "path") != (reference.path is not None):
         raise UserError(
             f"config.reference.path={reference.path!r} with reference.mode={reference.mode!r}: "

@@ -24,11 +24,12 @@ from daajax.errors import UserError
 from daajax.loss import Counts, State, Sums, loss_of
 from daajax.losses.scores import Responses
 from daajax.losses.terms import Needs, Term, bind
+from daajax.models import lora
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.output import as_json, check, write_rows
 from daajax.scoring import Batch, Scorer
-from daajax.step import Live, sums_under
+from daajax.step import NOTHING, Beside, Live, sums_under
 
 _EVALUATIONS = "evaluations.jsonl"
 
@@ -59,26 +60,26 @@ class Evaluation:
     ):
         needs = Needs.of(terms)
 
-        def sums(params: Params, reference: Params, part: Batch, keys: int) -> Sums:
-            live = None if reference_scorer is None else Live(reference_scorer, reference)
-            return sums_under(scorer, params, part, needs, keys=keys, live=live)[0]
+        def sums(params: Params, beside: Beside, part: Batch, keys: int) -> Sums:
+            live = None if reference_scorer is None else Live.beside(scorer, reference_scorer, beside)
+            return sums_under(scorer, lora.joined(params, beside.frozen), part, needs, keys=keys, live=live)[0]
 
         self._sums = jax.jit(sums, static_argnums=3, out_shardings=sharding.replicated(mesh))
         self._metrics = jax.jit(functools.partial(_metrics_of, terms=terms))
         self._data, self._batches, self._mesh = data, batches, mesh
 
     def __call__(
-        self, params: Params, state: State, reference: Params | None = None, progress: Progress | None = None
+        self, params: Params, state: State, beside: Beside = NOTHING, progress: Progress | None = None
     ) -> dict[str, float]:
         """Metrics by name, such as `eval/loss`; by source too, `eval/<source>/loss`, where there are several.
 
         Args:
             params: The policy's.
             state: What the objectives keep; it is read as an update would, and not changed.
-            reference: A live reference's parameters.
+            beside: The policy's that are frozen, and those of a live reference.
             progress: Goes on with every batch.
         """
-        return self.report(*self.score(params, reference, progress), state)
+        return self.report(*self.score(params, beside, progress), state)
 
     def report(self, sums: Sums, examples: Batch, state: State) -> dict[str, float]:
         """The metrics of what `score` returned."""
@@ -88,14 +89,12 @@ class Evaluation:
             found |= {f"{prefix}/{name}": float(value) for name, value in values.items()}
         return found
 
-    def score(
-        self, params: Params, reference: Params | None = None, progress: Progress | None = None
-    ) -> tuple[Sums, Batch]:
+    def score(self, params: Params, beside: Beside = NOTHING, progress: Progress | None = None) -> tuple[Sums, Batch]:
         """Scores every example.
 
         Args:
             params: The policy's.
-            reference: A live reference's parameters.
+            beside: The policy's that are frozen, and those of a live reference.
             progress: Goes on with every batch.
 
         Returns:
@@ -109,7 +108,7 @@ class Evaluation:
             for n in range(plan.micro_batches):
                 part = {name: value[n] for name, value in batch.items()}
                 placed = sharding.place(self._mesh, part, ("rows",))
-                sums = jax.device_get(self._sums(params, reference or {}, placed, plan.shape(update).keys))
+                sums = jax.device_get(self._sums(params, beside, placed, plan.shape(update).keys))
                 real = part["ids"] >= 0
                 found.append(jax.tree.map(lambda x, real=real: x[real], sums))
                 read.append({name: part[name][real] for name in ("weights", *Responses._fields) if name in part})
@@ -179,11 +178,11 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
         del found
     if step != 0 and scorer.model.lora is None:
         initial = None  # before the others come
-    state = run.state_at(config, saved, step, scorer, terms, mesh, initial=initial)
+    state, frozen = run.state_at(config, saved, step, scorer, terms, mesh, initial=initial)
     progress = Progress("evaluate", plan.updates, "batch")
     batches = inputs.make_batches(config, data, plan, columns, terms, sweep=True)
     evaluation = Evaluation(scorer, terms, data, batches, mesh, reference_scorer if live else None)
-    sums, examples = evaluation.score(state.params, state.reference or reference, progress)
+    sums, examples = evaluation.score(state.params, Beside(frozen, reference).at(state), progress)
     progress.close()
     if output is not None:
         write_rows(pathlib.Path(output), _rows(data.ids, sums))

@@ -9,7 +9,7 @@ from daajax import checkpoint, command, folder, run, sharding
 from daajax.config import Config, tokenizer_path
 from daajax.console import say
 from daajax.errors import UserError
-from daajax.models import lora, weights
+from daajax.models import weights
 from daajax.models.families import read_architecture
 
 
@@ -34,7 +34,8 @@ def export(config: Config, workdir: str, step: int | None = None, output: str | 
     architecture = read_architecture(config.model.path, length=config.max_length)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
-    params = lora.merged(run.params_at(config, saved, step, scorer, mesh), scorer.model.lora)
+    state, _ = run.state_at(config, saved, step, scorer, (), mesh)
+    params = run.merged(config, state.params, scorer, mesh)
     weights.save(str(target), params, architecture, model_path=config.model.path, tokenizer_path=tokenizer_path(config))
     say(f"the model of update {step} is in {target}")
 

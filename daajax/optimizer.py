@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from daajax.errors import UserError
-from daajax.models.decoder import is_decayed
+from daajax.models.parameters import is_decayed
 
 
 def _adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,11 @@ from daajax.errors import UserError
 from daajax.losses.terms import Needs, Term, initial_state
 from daajax.models import decoder, directory, lora, weights
 from daajax.models.architecture import Architecture
-from daajax.models.decoder import Params, outer_parameters
+from daajax.models.decoder import Params
 from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
 from daajax.models.lora import Lora
+from daajax.models.parameters import layer_parameters, outer_parameters
 from daajax.scoring import Batch, Scorer
 from daajax.step import TrainState
 
@@ -60,7 +61,7 @@ def fetch_models(
 
 
 def lora_of(config: Config, architecture: Architecture) -> Lora | None:
-    """The adapters that a config asks for.
+    """What of the model a config trains, if that is not all of it.
 
     Raises:
         UserError: If the model has no such projections or parameters.
@@ -68,22 +69,25 @@ def lora_of(config: Config, architecture: Architecture) -> Lora | None:
     options = config.lora
     if not options.rank:
         return None
-    there = outer_parameters(architecture)
+    targets = lora.targets_of(architecture, options.targets)
+    names = [*outer_parameters(architecture), *layer_parameters(architecture)]
+    there = [name for name in names if name not in targets and not name.endswith("_bias")]
     if unknown := [name for name in options.modules_to_save if name not in there]:
-        raise UserError(f"lora.modules_to_save has {unknown[0]!r}; this model has {', '.join(there)}.")
-    return Lora(options.rank, options.alpha, lora.targets_of(architecture, options.targets), options.rslora)
-
-
-def is_trained(config: Config) -> Callable[[str], bool]:
-    """Whether a parameter is trained, by path."""
-    if not config.lora.rank:
-        return lambda path: True
-    whole = tuple(config.lora.modules_to_save)
-    return lambda path: path.startswith(f"{lora.COLLECTION}/") or path.removesuffix("_bias") in whole
+        raise UserError(
+            f"lora.modules_to_save has {unknown[0]!r}; what can be trained whole beside adapters of "
+            f"{', '.join(targets)}: {', '.join(there)}."
+        )
+    return Lora(options.rank, options.alpha, targets, options.rslora, tuple(options.modules_to_save))
 
 
 def make_scorer(config: Config, architecture: Architecture, mesh: Any, *, adapters: Lora | None = None) -> Scorer:
-    """The scoring function of a model on a mesh, and of its adapters where parameters have any.
+    """The scoring function of a model on a mesh.
+
+    Args:
+        config: The run's.
+        architecture: What the model computes.
+        mesh: The mesh.
+        adapters: What of it is trained; None: all of it, or it is not the policy.
 
     Raises:
         UserError: If the mesh cuts the heads into unequal parts.
@@ -110,7 +114,7 @@ def param_layout(scorer: Scorer, mesh: Any) -> tuple[Params, Params]:
 
 
 def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None = None) -> Params:
-    """Parameters on the mesh.
+    """Parameters on the mesh, without adapters.
 
     Args:
         path: Model directory.
@@ -121,14 +125,23 @@ def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None
     shapes, shardings = (lora.without(tree) for tree in param_layout(scorer, mesh))
     if random_seed is None:
         return weights.load(path, scorer.model.architecture, shapes, shardings)
-    init = jax.jit(lambda key: lora.without(decoder.init_params(scorer.model, key)), out_shardings=shardings)
-    return init(jax.random.key(random_seed))
+
+    def draw(key: jax.Array) -> Params:
+        drawn = decoder.init_params(scorer.model.clone(lora=None), key)
+        return jax.tree.map(lambda x, shape: x.astype(shape.dtype), drawn, shapes)
+
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(random_seed))
+
+
+def load_base(config: Config, scorer: Scorer, mesh: Any) -> Params:
+    """The policy's initial parameters without adapters."""
+    seed = config.seed if config.model.random_init else None
+    return load_params(config.model.path, scorer, mesh, random_seed=seed)
 
 
 def load_initial_params(config: Config, scorer: Scorer, mesh: Any) -> Params:
     """The parameters that training starts from: of model.path, or drawn from the seed as adapters are."""
-    seed = config.seed if config.model.random_init else None
-    params = load_params(config.model.path, scorer, mesh, random_seed=seed)
+    params = load_base(config, scorer, mesh)
     if scorer.model.lora is None:
         return params
     homes = param_layout(scorer, mesh)[1][lora.COLLECTION]
@@ -136,13 +149,47 @@ def load_initial_params(config: Config, scorer: Scorer, mesh: Any) -> Params:
     return {**params, lora.COLLECTION: draw(jax.random.key(config.seed))}
 
 
+def at_start(params: Params) -> Params:
+    """What scores as the policy does before the first update: fresh adapters change nothing."""
+    return lora.without(params)
+
+
+def reference_part(config: Config, params: Params, adapters: Lora | None) -> Params:
+    """Of a live reference's parameters, or of anything in their place, those that are not frozen ones of the policy."""
+    return params if config.reference.mode == "path" else at_start(lora.split(params, adapters)[0])
+
+
+def merged(config: Config, params: Params, scorer: Scorer, mesh: Any) -> Params:
+    """The whole model that trained parameters make, adapters melted in.
+
+    What was not trained is as it is in the files that it came from, to the last bit.
+
+    Args:
+        config: The run's.
+        params: The policy's that are trained; others among them are not read.
+        scorer: The policy's.
+        mesh: The mesh.
+
+    Raises:
+        UserError: If the base cannot be read again.
+    """
+    model, adapters = scorer.model, scorer.model.lora
+    if adapters is None:
+        return params
+    if not config.model.random_init:
+        model = model.clone(param_dtype=weights.common_dtype(config.model.path, model.architecture))
+    base = load_base(config, dataclasses.replace(scorer, model=model.clone(lora=None)), mesh)
+    return lora.merged(base, lora.split(params, adapters)[0], adapters)
+
+
 def params_at(config: Config, saved: Checkpoints, step: int, scorer: Scorer, mesh: Any) -> Params:
-    """The parameters of a run after an update; step 0 is before the first.
+    """The policy's parameters after an update; step 0 is before the first.
 
     Raises:
         UserError: If there is no sound checkpoint of that update, or the initial weights are not those of the run.
     """
-    return state_at(config, saved, step, scorer, (), mesh).params
+    state, frozen = state_at(config, saved, step, scorer, (), mesh)
+    return lora.joined(state.params, frozen)
 
 
 def state_at(
@@ -154,8 +201,8 @@ def state_at(
     mesh: Any,
     *,
     initial: Params | None = None,
-) -> TrainState:
-    """What an evaluation reads of a run's state after an update: all but the optimizer's part.
+) -> tuple[TrainState, Params]:
+    """What an evaluation reads of a run's state after an update: all but the optimizer's part; what of it is frozen.
 
     Args:
         config: The run's.
@@ -169,27 +216,21 @@ def state_at(
     Raises:
         UserError: If there is no sound checkpoint of that update, or the initial weights are not those of the run.
     """
+    adapters, trained, frozen = scorer.model.lora, {}, {}
+    if initial is None and (step == 0 or adapters is not None):
+        initial = load_initial_params(config, scorer, mesh)
+        origin = Record(data="", model=digest_of(at_start(initial)))
+        saved.check_origin(step, origin, forced=config.resume == "force")
+    if initial is not None:
+        trained, frozen = lora.split(initial, adapters)
     if step == 0:
-        if initial is None:
-            initial = load_initial_params(config, scorer, mesh)
-            origin = Record(data="", model=digest_of(lora.without(initial)))
-            saved.check_origin(step, origin, forced=config.resume == "force")
-        return TrainState(None, initial, (), jax.tree.map(jnp.float32, initial_state(terms)))
-    frozen = {}
-    if scorer.model.lora is not None:  # the checkpoint has what was trained, the rest is where it came from
-        initial = initial or load_initial_params(config, scorer, mesh)
-        saved.check_origin(
-            step, Record(data="", model=digest_of(lora.without(initial))), forced=config.resume == "force"
-        )
-        frozen = lora.split(initial, is_trained(config))[1]
-    layout = (lora.split(tree, is_trained(config))[0] for tree in param_layout(scorer, mesh))
-    abstract = sharding.abstract(*layout)
+        return TrainState(None, trained, (), jax.tree.map(jnp.float32, initial_state(terms))), frozen
+    del trained, initial  # before the others come
+    abstract = sharding.abstract(*(lora.split(tree, adapters)[0] for tree in param_layout(scorer, mesh)))
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     kept = jax.tree.map(lambda _: scalar, initial_state(terms))
     follows = terms and config.reference.mode == "ema"
-    found = saved.restore_parts(step, TrainState(None, abstract, (), kept, abstract if follows else ()))
-    reference = lora.joined(found.reference, frozen) if found.reference else ()
-    return found._replace(params=lora.joined(found.params, frozen), reference=reference)
+    return saved.restore_parts(step, TrainState(None, abstract, (), kept, abstract if follows else ())), frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +243,7 @@ class Reference:
         policy: Digest of the weights that training starts from.
         digest: Of the reference's weights.
         is_initial_policy: Whether the reference's weights are those.
-        live: Its parameters where it is live, else nothing.
+        live: Where it is live, those of its parameters that are not frozen ones of the policy; else nothing.
     """
 
     columns: list[dict[str, Float[np.ndarray, " _"]]]
@@ -261,7 +302,7 @@ def load_reference(
         terms: The loss.
         mesh: The mesh.
     """
-    params = lora.without(params)  # fresh adapters change nothing
+    params = at_start(params)
     policy = digest = digest_of(params)
     what, architecture = config.model.path, reference_scorer.model.architecture
     if config.reference.mode == "path":
@@ -271,7 +312,7 @@ def load_reference(
     same = digest == policy and architecture == scorer.model.architecture
     if why := why_live(config, terms):
         say(f"reference: {what} ({digest[:12]}) stays in memory beside the policy: {why}")
-        return Reference([{} for _ in sets], policy, digest, same, params)
+        return Reference([{} for _ in sets], policy, digest, same, reference_part(config, params, scorer.model.lora))
     names = Needs.of(terms).of_reference
     cache = reference.Cache(
         config.reference.cache_dir,

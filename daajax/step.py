@@ -132,14 +132,18 @@ class Beside(NamedTuple):
 
     Attributes:
         frozen: The policy's that are not trained.
-        reference: Those of a live reference that is not part of the state.
+        reference: Those of a live reference that are neither frozen ones of the policy nor part of the state.
     """
 
-    frozen: Any = ()
-    reference: Any = ()
+    frozen: Params
+    reference: Params
+
+    def at(self, state: TrainState) -> "Beside":
+        """The same with the reference of a state that has one."""
+        return self._replace(reference=state.reference) if state.reference else self
 
 
-NOTHING = Beside()
+NOTHING = Beside({}, {})
 
 
 class Live(NamedTuple):
@@ -152,6 +156,17 @@ class Live(NamedTuple):
 
     scorer: Scorer
     params: Params
+
+    @classmethod
+    def beside(cls, policy: Scorer, scorer: Scorer, beside: Beside) -> "Live":
+        """The reference beside a policy, which shares its frozen parameters where it is the same model.
+
+        Args:
+            policy: Scores rows under the policy.
+            scorer: Scores rows under the reference.
+            beside: The parameters of both that no update changes.
+        """
+        return cls(scorer, lora.joined(beside.reference, beside.frozen) if scorer is policy else beside.reference)
 
 
 def sums_under(
@@ -339,10 +354,9 @@ class Update:
         router_loss_coef: float = 0.0,
     ):
         def update(state: TrainState, batch: Batch, beside: Beside, keys: int) -> tuple[TrainState, dict[str, Array]]:
-            live, frozen = None, beside.frozen or {}
+            live = None
             if reference_scorer is not None:
-                compared = lora.joined(state.reference, frozen) if state.reference else beside.reference
-                live = Live(reference_scorer, compared)
+                live = Live.beside(scorer, reference_scorer, beside.at(state))
             gradient, logged, kept = loss_and_gradient(
                 scorer,
                 state.params,
@@ -353,7 +367,7 @@ class Update:
                 keys=keys,
                 live=live,
                 router_loss_coef=router_loss_coef,
-                frozen=frozen,
+                frozen=beside.frozen,
             )
             changes, moments = optimizer.update(gradient, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, changes)

@@ -23,9 +23,9 @@ from daajax.evaluate import Evaluation
 from daajax.losses.terms import Needs, bind
 from daajax.models import lora, weights
 from daajax.models.architecture import describe_rope
-from daajax.models.decoder import parameter_count
 from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
+from daajax.models.parameters import parameter_count
 from daajax.optimizer import make_optimizer, make_schedule
 
 IN_FLIGHT = 2  # updates that may be queued on the device; more would only hold their batches in memory
@@ -87,8 +87,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
     shapes, param_shardings = run.param_layout(scorer, mesh)
-    trained = run.is_trained(config)
-    (own, fixed), (own_homes, fixed_homes) = (lora.split(tree, trained) for tree in (shapes, param_shardings))
+    adapters = scorer.model.lora
+    (own, fixed), (own_homes, fixed_homes) = (lora.split(tree, adapters) for tree in (shapes, param_shardings))
     if not config.model.random_init:
         weights.check(config.model.path, architecture, lora.without(shapes))
     say(
@@ -103,8 +103,10 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     # ------------------------------------------------------------------ the compiled update, before minutes are spent
     homes = step.state_shardings(mesh, optimizer, own, own_homes, terms, follows=follows)
     abstract = step.abstract_state(own, optimizer, homes, terms)
-    compared = run.param_layout(reference_scorer, mesh) if is_live and not follows else ({}, {})
-    compared_with, compared_homes = (lora.without(tree) for tree in compared)
+    compared, compared_homes = {}, {}
+    if is_live and not follows:
+        layout = run.param_layout(reference_scorer, mesh)
+        compared, compared_homes = (run.reference_part(config, tree, adapters) for tree in layout)
     beside_homes = step.Beside(fixed_homes, compared_homes)
     batch_sharding = sharding.sharding(mesh, ("micro_batches", "rows"))
     update = step.Update(
@@ -125,7 +127,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in Needs.of(terms).of_reference}
     shaped = inputs.make_batches(config, data, plan, unknown, terms)[largest]
     abstract_batch = sharding.abstract(shaped, dict.fromkeys(shaped, batch_sharding))
-    abstract_beside = sharding.abstract(step.Beside(fixed, compared_with), beside_homes)
+    abstract_beside = sharding.abstract(step.Beside(fixed, compared), beside_homes)
     compiled = update.compile(abstract, abstract_batch, abstract_beside, keys=plan.shape(largest).keys)
     say(f"compiled the update in {time.perf_counter() - began:.1f} s")
     if fits := memory.check(compiled, "the update"):
@@ -142,9 +144,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         columns = reference.columns
         if not follows:  # what follows is part of the state
             live = reference.live
-            if live and not resumes and config.reference.mode == "snapshot":  # what is trained is donated
-                taken, kept = lora.split(live, trained)
-                live = lora.joined(jax.tree.map(jnp.copy, taken), kept)
+            if reference_scorer is scorer and not resumes:  # the policy's are donated
+                live = jax.tree.map(jnp.copy, live)
         reference = dataclasses.replace(reference, live={})
     batches, evaluation = inputs.make_batches(config, data, plan, columns[0], terms), None
     if sets[1:]:
@@ -156,8 +157,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
     elif fixed:
-        origin = dataclasses.replace(origin, model=digest_of(lora.without(params)))
-    params, frozen = lora.split(params, trained)
+        origin = dataclasses.replace(origin, model=digest_of(run.at_start(params)))
+    params, frozen = lora.split(params, adapters)
     beside = step.Beside(frozen, live)
     if resumes:
         del params  # before the others come
@@ -177,8 +178,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     else:
         first, keys = sharding.place(mesh, batches[0]), plan.shape(0).keys
         if is_live:
-            follower = lora.joined(state.reference, frozen) if state.reference else live
-            known = step.Live(reference_scorer, follower)
+            known = step.Live.beside(scorer, reference_scorer, beside.at(state))
             first |= step.known_of_reference(known, first, Needs.of(terms), keys=keys)
         expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
         del first
@@ -241,7 +241,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             folder.begin(where, asked, updates=done, revisions=revisions)
         weights.save(
             str(where / "model"),
-            lora.merged(lora.joined(state.params, frozen), scorer.model.lora),
+            run.merged(config, state.params, scorer, mesh),
             architecture,
             model_path=config.model.path,
             tokenizer_path=tokenizer_path(config),
@@ -266,9 +266,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
 def _evaluated(evaluation: Evaluation, state: step.TrainState, beside: step.Beside, updates: int) -> dict[str, float]:
     """What an evaluation finds; nothing where it fails, which is said and does not end the run."""
     try:
-        params = lora.joined(state.params, beside.frozen)
-        compared = lora.joined(state.reference, beside.frozen) if state.reference else beside.reference
-        values = evaluation(params, state.objectives, compared)
+        values = evaluation(state.params, state.objectives, beside.at(state))
     except Exception as error:  # whatever it is: hours of training are worth more
         say(f"the evaluation after update {updates} failed ({one_line(error)}); the run goes on")
         return {}

@@ -87,8 +87,10 @@ def seen_mesh(options):
 def seen_scorer(options):
     with worlds.visible(1):
         mesh = sharding.make_mesh(options.mesh.to_dict())
-        scorer = run.make_scorer(options, read_architecture(options.model.path), mesh)
-    return scorer.attention, scorer.model.remat, str(scorer.model.dtype), str(scorer.model.param_dtype)
+        architecture = read_architecture(options.model.path)
+        scorer = run.make_scorer(options, architecture, mesh, adapters=run.lora_of(options, architecture))
+    model = scorer.model
+    return scorer.attention, model.remat, str(model.dtype), str(model.param_dtype), model.lora
 
 
 def seen_terms(options):
@@ -117,6 +119,11 @@ CASES = {  # option: what is changed, and what must change with it
     "mesh.fsdp": (["mesh.data=2", "mesh.fsdp=4"], seen_mesh),
     "mesh.tensor": (["mesh.tensor=2"], seen_mesh),
     "micro_batches": (["micro_batches=2"], seen_plan),
+    "lora.alpha": (["lora.rank=4", "lora.alpha=32.0"], seen_scorer),
+    "lora.modules_to_save": (["lora.rank=4", "lora.modules_to_save=('norm',)"], seen_scorer),
+    "lora.rank": (["lora.rank=8"], seen_scorer),
+    "lora.rslora": (["lora.rank=4", "lora.rslora=True"], seen_scorer),
+    "lora.targets": (["lora.rank=4", "lora.targets=('q_proj',)"], seen_scorer),
     "model.dtype": (["model.dtype=bfloat16"], seen_scorer),
     "model.param_dtype": (["model.param_dtype=bfloat16"], seen_scorer),
     "packing.enabled": (["packing.enabled=False", "batch_size=24"], seen_plan),
@@ -133,6 +140,7 @@ BASES = {  # what the changed config is compared with, where it is not the world
     "data.truncation": ["max_length=30"],
     "data.weight": ["data.weight=1.0", "data.extra=({'name':'jsonl','path':'EXTRA','weight':1.0},)"],
     **{f"eval_data.{name}": EVAL for name in ("extra", "limit", "truncation")},
+    **{f"lora.{name}": ["lora.rank=4"] for name in ("alpha", "modules_to_save", "rank", "rslora", "targets")},
     "packing.enabled": ["batch_size=24"],
     "seed": ["data.shuffle=True"],
 }

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from daajax.data.tokenizer import load_tokenizer
-from daajax.models.decoder import parameter_count
 from daajax.models.families import read_architecture
+from daajax.models.parameters import parameter_count
 from demo import __main__ as demo
 from demo import world
 from demo.results import Estimate, Results

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 
-from daajax import command
 from daajax import evaluate as evaluation
 from daajax.data.token_cache import tokenized
 from daajax.errors import UserError
@@ -58,10 +57,7 @@ def copy(run, tmp_path):
 
 def evaluate(workdir, *arguments, devices=1):
     """Runs `python -m daajax.evaluate` in this process; returns the line it added."""
-    options = ["evaluate", f"--workdir={workdir}", *arguments]
-    with worlds.visible(devices):
-        config, where, values = command.parse_at(options, "evaluate", {"step": int})
-        evaluation.evaluate(config, where, **{name: value for name, value in values.items() if value is not None})
+    worlds.at(evaluation.evaluate, workdir, *arguments, devices=devices)
     return json.loads((pathlib.Path(workdir) / "evaluations.jsonl").read_text().splitlines()[-1])
 
 
@@ -344,11 +340,8 @@ def test_other_weights_under_the_models_path_are_refused(tmp_path, step):
     own = worlds.make_world(tmp_path)
     worlds.train(tmp_path / "run", *own.flags, "--config.steps=1")
     worlds.make_model(own.model, seed=1)
-    line = [f"--workdir={tmp_path / 'run'}", f"--config.eval_data.path={own.data}", *step]
-    with worlds.visible(1):
-        config, workdir, values = command.parse_at(["evaluate", *line], "evaluate", {"step": int, "output": str})
-        with pytest.raises(UserError, match="the weights of the model changed since the checkpoint"):
-            evaluation.evaluate(config, workdir, step=values["step"])
+    with pytest.raises(UserError, match="the weights of the model changed since the checkpoint"):
+        evaluate(tmp_path / "run", f"--config.eval_data.path={own.data}", *step)
 
 
 def test_the_best_by_rewards_needs_a_loss_that_has_some(world):

@@ -5,16 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from daajax import command
 from daajax.errors import UserError
 from daajax.evaluate import evaluate
 from tests import worlds
-
-
-def run(*arguments):
-    with worlds.visible(1):
-        config, workdir, values = command.parse_at(["evaluate", *arguments], "evaluate", {"step": int, "output": str})
-        evaluate(config, workdir, **{name: value for name, value in values.items() if value is not None})
 
 
 @pytest.mark.slow
@@ -25,8 +18,8 @@ def test_each_example_is_written_with_its_log_probs_and_they_make_the_metrics(tm
         tmp_path / "held_out.jsonl", [{"id": f"pair {n}", **row} for n, row in enumerate(worlds.pairs(7, seed=1))]
     )
     arguments = [f"--workdir={tmp_path / 'run'}", f"--config.eval_data.path={held_out}"]
-    run(*arguments, f"--output={tmp_path / 'after.jsonl'}")
-    run(*arguments, "--step=0", f"--output={tmp_path / 'before.jsonl'}")
+    worlds.at(evaluate, tmp_path / "run", *arguments, f"--output={tmp_path / 'after.jsonl'}")
+    worlds.at(evaluate, tmp_path / "run", *arguments, "--step=0", f"--output={tmp_path / 'before.jsonl'}")
     after, before = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("after", "before")
@@ -43,4 +36,4 @@ def test_each_example_is_written_with_its_log_probs_and_they_make_the_metrics(tm
     np.testing.assert_allclose(values["eval/logps/chosen"], logps[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(values["eval/rewards/margins"], 0.1 * -np.diff(log_ratios).mean(), rtol=1e-4)
     with pytest.raises(UserError, match=r"--output=.*run exists; name another file"):
-        run(*arguments, f"--output={tmp_path / 'run'}")
+        worlds.at(evaluate, tmp_path / "run", *arguments, f"--output={tmp_path / 'run'}")

@@ -1,11 +1,17 @@
 """Adapters: their mathematics, and runs that train nothing else."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from daajax import generate
 from daajax.errors import UserError
+from daajax.evaluate import evaluate
+from daajax.export import export
 from daajax.models import decoder, lora
 from daajax.models.families import architecture_of
 from daajax.ops import attention
@@ -13,12 +19,26 @@ from tests import worlds
 from tests.models.test_decoder import rows
 from tests.oracle import make_values as oracle
 
-FLAGS = ["--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2"]
+RANK = "--config.lora.rank=4"
+FLAGS = [RANK, "--config.optimizer.learning_rate=1e-2", "--config.optimizer.schedule=constant"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return worlds.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def flags(world):
+    return [*world.flags, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def plain(world, flags):
+    """A run of fresh adapters, with held-out data, and its metrics."""
+    folder = world.folder / "plain"
+    held_out = [f"--config.eval_data.path={world.data}", "--config.eval_data.limit=10"]
+    return folder, worlds.train(folder, *flags, *held_out, "--config.checkpoint.every=2")
 
 
 def model_of(name, targets=("all-linear",), **options):
@@ -48,7 +68,8 @@ def test_fresh_adapters_change_nothing_and_others_are_added_to_the_weights(name)
     np.testing.assert_allclose(
         hidden(model, moved), hidden(model, {**lora.without(moved), "layers": layers}), atol=2e-4
     )
-    np.testing.assert_allclose(hidden(model, lora.merged(moved, model.lora)), hidden(model, moved), atol=2e-4)
+    melted = lora.merged(lora.without(moved), moved, model.lora)
+    np.testing.assert_allclose(hidden(model, melted), hidden(model, moved), atol=2e-4)
 
 
 def test_rank_stabilized_adapters_weigh_by_the_root_of_the_rank():
@@ -69,27 +90,128 @@ def test_targets_that_are_not_there_are_refused(name, targets, words):
         lora.targets_of(architecture_of(oracle.MODELS[name]), targets)
 
 
-def test_a_run_trains_its_adapters_alone_and_its_model_is_the_melted_one(world, tmp_path, capsys):
-    folder = tmp_path / "run"
-    worlds.train(folder, *world.flags, *FLAGS)
+def moved(before, after):
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def test_a_run_trains_its_adapters_alone_and_its_model_is_the_melted_one(world, flags, tmp_path, capsys):
+    worlds.train(tmp_path / "run", *flags, "--config.steps=2")
     said = capsys.readouterr().out
     assert "first loss: 0.693147" in said
-    assert "parameters are trained, the others stay" in said
-    before, after = worlds.load_tensors(world.model), worlds.load_tensors(folder / "model")
-    moved = {name for name in before if np.abs(before[name] - after[name]).max() > 1e-6}
-    assert moved == {name for name in before if "_proj" in name}
-    for name in moved:  # no more than the rank
+    assert "lora: 4,096 parameters are trained" in said  # 2 layers, rank 4: inputs and outputs of 7 projections
+    before, after = worlds.load_tensors(world.model), worlds.load_tensors(tmp_path / "run" / "model")
+    assert moved(before, after) == {name for name in before if "_proj" in name}
+    for name in moved(before, after):  # no more than the rank
         assert np.linalg.matrix_rank(after[name] - before[name], tol=1e-4) <= 4
 
 
-def test_a_stopped_run_goes_on_bit_for_bit_and_its_checkpoints_hold_the_adapters_alone(world, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = [*world.flags, *FLAGS, "--config.checkpoint.every=2"]
-    worlds.train(whole, *flags, "--config.optimizer.schedule=constant", "--config.steps=4")
-    worlds.train(parts, *flags, "--config.optimizer.schedule=constant", "--config.steps=2")
-    worlds.train(parts, *flags, "--config.optimizer.schedule=constant", "--config.steps=4")
-    one, other = (worlds.load_tensors(folder / "model") for folder in (whole, parts))
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    size = sum(file.stat().st_size for file in (whole / "checkpoints" / "4" / "params").rglob("*") if file.is_file())
-    assert size < sum(value.nbytes for value in one.values())
+def test_a_stopped_run_goes_on_bit_for_bit_and_its_checkpoints_hold_the_adapters_alone(flags, plain, tmp_path):
+    whole, _ = plain
+    parts = [*flags, "--config.checkpoint.every=2"]
+    worlds.train(tmp_path, *parts, "--config.steps=2")
+    worlds.train(tmp_path, *parts)
+    one, other = (worlds.load_tensors(folder / "model") for folder in (whole, tmp_path))
+    assert not moved(one, other)
+    for part, copies in (("params", 1), ("optimizer", 2)):  # two moments
+        saved = (whole / "checkpoints" / "4" / part / "_METADATA").read_text()
+        assert saved.count("q_proj_a") >= copies
+        assert "embed_tokens" not in saved
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["reference.mode=adapter_off"],
+        ["reference.mode=adapter_off", "reference.live=True"],
+        ["reference.live=True"],
+        ["reference.live=True", "micro_batches=2", "mesh.fsdp=2", "mesh.tensor=2"],
+        ["micro_batches=4", "remat=full"],
+    ],
+    ids=" ".join,
+)
+def test_the_same_in_every_layout_and_with_the_base_as_reference(flags, plain, tmp_path, changes):
+    devices = 4 if "mesh.tensor=2" in changes else 1
+    found = worlds.train(tmp_path, *flags, *(f"--config.{change}" for change in changes), devices=devices)
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        one, other = (worlds.column(history, name) for history in (found, plain[1]))
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-5, err_msg=name)
+
+
+def test_parts_are_trained_whole_beside_adapters(world, flags, tmp_path):
+    whole = "--config.lora.modules_to_save=('embed_tokens','norm','pre_mlp_norm')"
+    few = ["--config.lora.targets=('q_proj','v_proj')", whole, "--config.reference.live=True"]
+    found = worlds.train(tmp_path, *flags, *few, "--config.steps=2")
+    assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    before, after = worlds.load_tensors(world.model), worlds.load_tensors(tmp_path / "model")
+    trained = ("q_proj", "v_proj", "embed_tokens", "model.norm", "post_attention_layernorm")
+    assert moved(before, after) == {name for name in before if any(part in name for part in trained)}
+
+
+def test_a_reference_that_follows_has_adapters_of_its_own(flags, tmp_path):
+    follows = ["mode=ema", "ema.every=1", "ema.decay=0.0"]
+    found = worlds.train(tmp_path, *flags, *(f"--config.reference.{option}" for option in follows))
+    for values in found:  # the policy of the update before: at every update it is the policy
+        assert values["loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_weights_are_kept_in_the_compute_dtype_and_those_that_stay_come_out_as_they_were(
+    world, flags, tmp_path, capsys
+):
+    found = worlds.train(tmp_path, *flags, "--config.model.dtype=bfloat16", "--config.steps=2")
+    assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-2)
+    table = capsys.readouterr().out
+    for line in ("layers/q_proj ", "embed_tokens "):
+        assert re.search(rf"model: {line} .* bfloat16 ", table)
+    assert re.search(r"model: lora/layers/q_proj_a .* float32 ", table)
+    before, after = worlds.load_tensors(world.model), worlds.load_tensors(tmp_path / "model")
+    assert moved(before, after) == {name for name in before if "_proj" in name}  # the others are float32 in the files
+
+
+def test_checkpoints_are_exported_melted(world, plain, tmp_path):
+    folder, _ = plain
+    for step in (0, 5):
+        worlds.at(export, folder, f"--step={step}", f"--output={tmp_path / str(step)}")
+    assert not moved(worlds.load_tensors(tmp_path / "5"), worlds.load_tensors(folder / "model"))
+    assert not moved(worlds.load_tensors(tmp_path / "0"), worlds.load_tensors(world.model))
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_an_evaluation_of_a_checkpoint_sees_its_adapters(plain, step):
+    folder, history = plain
+    worlds.at(evaluate, folder, f"--step={step}")
+    found = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+    wanted = history[-1]["eval/loss"] if step else np.log(2)
+    assert found["eval/loss"] == pytest.approx(wanted, rel=1e-6)
+    assert bool(step) == (abs(wanted - np.log(2)) > 1e-3)
+
+
+def test_what_is_sampled_of_a_checkpoint_is_what_its_melted_model_writes(plain, tmp_path):
+    folder, _ = plain
+    rows = {}
+    for name, source in (("run", f"--workdir={folder}"), ("melted", f"--model={folder / 'model'}")):
+        line = ["--prompt=the dog", "--temperature=0", "--max_tokens=12", f"--output={tmp_path / name}", source]
+        with worlds.visible(1):
+            generate.generate(generate.parse(["generate", *line]))
+        rows[name] = json.loads((tmp_path / name).read_text())
+    assert rows["run"]["tokens"] == rows["melted"]["tokens"]
+    assert rows["run"]["logp"] == pytest.approx(rows["melted"]["logp"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["lora.alpha=32.0"], "config.lora.alpha is set but config.lora.rank is 0: give adapters a rank"),
+        (["lora.rank=4", "lora.targets=('c_attn',)"], "lora.targets has 'c_attn'"),
+        (["lora.rank=4", "lora.targets=(1,)"], "config.lora.targets holds 1; it needs names"),
+        (["lora.rank=4", "lora.targets=()"], "config.lora.targets is empty"),
+        (["lora.rank=4", "lora.modules_to_save=('lm_head',)"], "lora.modules_to_save has 'lm_head'; what can be"),
+        (["lora.rank=4", "lora.modules_to_save=('q_proj',)"], "lora.modules_to_save has 'q_proj'; what can be"),
+        (["lora.rank=-1"], "config.lora.rank=-1 must be at least 0"),
+        (["reference.mode=adapter_off"], "config.reference.mode='adapter_off' but config.lora.rank is 0"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(world, tmp_path, options, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        worlds.train(tmp_path / "run", *world.flags, *(f"--config.{option}" for option in options))
+    assert not (tmp_path / "run").exists()

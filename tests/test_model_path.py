@@ -2,11 +2,9 @@
 
 import json
 import pathlib
-from collections.abc import Callable
 
 import pytest
 
-from daajax import command
 from daajax.errors import UserError
 from daajax.evaluate import evaluate
 from daajax.export import export
@@ -21,15 +19,6 @@ def world(tmp_path_factory):
     world = worlds.make_world(tmp_path_factory.mktemp("world"), count=16)
     (world.model / "LICENSE").write_text("do as you like\n")
     return world
-
-
-def at(workdir: pathlib.Path, main: Callable[..., None], *arguments: str) -> None:
-    """Runs a command that starts from a run's folder, in this process."""
-    with worlds.visible(1):
-        config, where, values = command.parse_at(
-            [main.__name__, f"--workdir={workdir}", *arguments], main.__name__, {"step": int, "output": str}
-        )
-        main(config, where, **values)
 
 
 def content(model: pathlib.Path) -> dict[str, bytes]:
@@ -58,11 +47,11 @@ def test_a_run_goes_on_with_the_model_that_it_began_with(world, tmp_path, reques
     write(worlds.make_model(tmp_path / "other", seed=1))
     worlds.train(run, *flags, "--config.steps=2")
     assert f"model.path: {address} is revision {revision[:12]}, in " in capsys.readouterr().out
-    at(run, evaluate, "--step=2", f"--config.eval_data.path={world.data}")
+    worlds.at(evaluate, run, "--step=2", f"--config.eval_data.path={world.data}")
     assert f"model.path: {address} is revision {revision[:12]}, in " in capsys.readouterr().out
     assert revision in model_of_run(Options(workdir=str(run))).path
-    at(run, export, "--step=0", f"--output={tmp_path / 'initial'}")
-    at(run, export, "--step=2", f"--output={tmp_path / 'trained'}")
+    worlds.at(export, run, "--step=0", f"--output={tmp_path / 'initial'}")
+    worlds.at(export, run, "--step=2", f"--output={tmp_path / 'trained'}")
     assert content(tmp_path / "initial") == content(world.model)
     assert stores.files_of(tmp_path / "trained") == stores.files_of(run / "model")
     assert not any(path.is_symlink() for path in (run / "model").iterdir())

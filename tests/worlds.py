@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import sys
 import unittest.mock
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,6 +185,16 @@ def precompute(*arguments: str, recipe: str = STORIES, devices: int = 1) -> None
 
     with visible(devices):
         precompute(*parse(*arguments, recipe=recipe))
+
+
+def at(main: Callable[..., None], workdir: pathlib.Path | str, *arguments: str, devices: int = 1) -> None:
+    """Runs a command that starts from a run's folder, `evaluate` or `export`, in this process."""
+    from daajax import command
+
+    line, options = [main.__name__, f"--workdir={workdir}", *arguments], {"step": int, "output": str}
+    with visible(devices):
+        config, where, values = command.parse_at(line, main.__name__, options)
+        main(config, where, **values)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

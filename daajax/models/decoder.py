@@ -5,9 +5,7 @@ its logical axes, and call those functions under scan and remat; `decode` calls 
 returns what a key-value cache keeps. Nothing here knows where arrays live: `attend` and `constrain` come from outside.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from daajax.models import rope
 from daajax.models.architecture import Architecture, Norm
 from daajax.models.lora import COLLECTION, Lora
+from daajax.models.parameters import Parameter, adapter_parameters, layer_parameters, outer_parameters
 from daajax.models.rope import Rotation
 from daajax.ops import experts
 
@@ -47,23 +46,6 @@ REMAT = {  # what the backward pass keeps of a layer
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """A parameter of the decoder: shape, logical axes, and where it starts.
-
-    Attributes:
-        shape: Its shape.
-        axes: Their logical names.
-        start: One number; None: drawn.
-        spread: Drawn evenly between -spread and spread; None: from the architecture's normal distribution.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    start: float | None = None
-    spread: float | None = None
-
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # names as in transformers
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -74,80 +56,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # names as in transformers
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv 2109.08668
 }
-
-
-def layer_parameters(architecture: Architecture) -> dict[str, Parameter]:
-    """Parameters of one layer, by name."""
-    a = architecture
-    heads, kv_heads = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    mlp, stack, stacked = "mlp", (), ()
-    if a.experts is not None:
-        mlp, stack, stacked = "expert_mlp", (a.experts.num_experts,), ("experts",)
-    matrices = {
-        "q_proj": Parameter((a.hidden_size, heads), ("embed", "heads")),
-        "k_proj": Parameter((a.hidden_size, kv_heads), ("embed", "kv_heads")),
-        "v_proj": Parameter((a.hidden_size, kv_heads), ("embed", "kv_heads")),
-        "o_proj": Parameter((heads, a.hidden_size), ("heads", "embed")),
-        "gate_proj": Parameter((*stack, a.hidden_size, a.intermediate_size), (*stacked, "embed", mlp)),
-        "up_proj": Parameter((*stack, a.hidden_size, a.intermediate_size), (*stacked, "embed", mlp)),
-        "down_proj": Parameter((*stack, a.intermediate_size, a.hidden_size), (*stacked, mlp, "embed")),
-    }
-    if not a.gated:
-        del matrices["gate_proj"]
-    found: dict[str, Parameter] = {}
-    for name in a.norms:
-        found |= _norm_parameters(name, a)
-    for name, matrix in matrices.items():
-        found[name] = matrix
-        if name in a.biases:
-            axis = "norm" if matrix.axes[-1] == "embed" else matrix.axes[-1]
-            found[f"{name}_bias"] = Parameter(matrix.shape[-1:], (axis,), start=0.0)
-    if a.qk_norm is not None:
-        start = 0.0 if a.norm.unit_offset else 1.0
-        for name, axis, width in (("q_norm", "heads", heads), ("k_norm", "kv_heads", kv_heads)):
-            each = a.qk_norm == "head"
-            found[name] = Parameter((a.head_dim if each else width,), ("head_dim" if each else axis,), start)
-    if a.experts is not None:
-        found["router"] = Parameter((a.hidden_size, a.experts.num_experts), ("embed", "router"))
-    return found
-
-
-def outer_parameters(architecture: Architecture) -> dict[str, Parameter]:
-    """Parameters outside the layers, by name."""
-    a = architecture
-    outer = {"embed_tokens": Parameter((a.vocab_size, a.hidden_size), ("vocab", "embed"))}
-    if a.learned_positions:
-        outer["position_embeddings"] = Parameter((a.max_position_embeddings, a.hidden_size), ("positions", "embed"))
-    outer |= _norm_parameters("norm", a)
-    if not a.tie_word_embeddings:
-        outer["lm_head"] = Parameter((a.vocab_size, a.hidden_size), ("vocab", "embed"))
-    return outer
-
-
-def _norm_parameters(name: str, architecture: Architecture) -> dict[str, Parameter]:
-    shape, norm = (architecture.hidden_size,), architecture.norm
-    found = {name: Parameter(shape, ("norm",), start=0.0 if norm.unit_offset else 1.0)}
-    return found | ({f"{name}_bias": Parameter(shape, ("norm",), start=0.0)} if norm.bias else {})
-
-
-def adapter_parameters(architecture: Architecture, lora: Lora) -> dict[str, Parameter]:
-    """Parameters of one layer's adapters, by name: A is drawn as PEFT draws it, B is 0."""
-    found = {}
-    for name in lora.targets:
-        projection = layer_parameters(architecture)[name]
-        (inputs, outputs), (input_axis, output_axis) = projection.shape, projection.axes
-        found[f"{name}_a"] = Parameter((inputs, lora.rank), (input_axis, "lora"), spread=inputs**-0.5)
-        found[f"{name}_b"] = Parameter((lora.rank, outputs), ("lora", output_axis), start=0.0)
-    return found
-
-
-def parameter_count(architecture: Architecture) -> int:
-    """Number of parameters."""
-    layer, outer = (
-        sum(math.prod(parameter.shape) for parameter in parameters(architecture).values())
-        for parameters in (layer_parameters, outer_parameters)
-    )
-    return architecture.num_hidden_layers * layer + outer
 
 
 def normalize(params: Params, name: str, x: Float[Array, "*axes width"], norm: Norm) -> Float[Array, "*axes width"]:
@@ -323,9 +231,9 @@ class Decoder(nn.Module):
         mix: Sends tokens through their experts; `daajax.ops.experts.mix` on one device.
         constrain: Says where the residual stream [rows, length, embed] lives; identity on one device.
         dtype: Compute dtype.
-        param_dtype: Dtype of the parameters; they are cast inside the scan over layers.
+        param_dtype: Dtype of the parameters that are trained; they are cast inside the scan over layers.
         remat: Key of `REMAT`.
-        lora: Its adapters, which are on where their collection is among the variables; None: it has none.
+        lora: Its adapters, which are on where their collection is among the variables; None: all of it is trained.
     """
 
     architecture: Architecture
@@ -384,6 +292,8 @@ def _declare(module: nn.Module, name: str, parameter: Parameter, collection: str
     elif parameter.spread is not None:
         init = _evenly(parameter.spread)
     init, shape, dtype = nn.with_partitioning(init, parameter.axes), parameter.shape, module.param_dtype
+    if module.lora is not None and collection == "params" and not module.lora.trains(name):
+        dtype = module.dtype  # what is frozen loses nothing by it: it would be cast at every use
     if collection == "params":
         value: Any = module.param(name, init, shape, dtype)
         return value
@@ -475,9 +385,3 @@ def variables(params: Params) -> dict[str, Params]:
     """Parameters as the collections that `Decoder.apply` takes."""
     base = {name: value for name, value in params.items() if name != COLLECTION}
     return {"params": base} | ({COLLECTION: params[COLLECTION]} if COLLECTION in params else {})
-
-
-def is_decayed(path: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices, not to the scales of norms and to biases."""
-    name = path.rsplit("/", 1)[-1]
-    return not name.endswith(("norm", "_bias"))

@@ -14,7 +14,7 @@ from daajax.errors import UserError
 from daajax.models import config_reader, gemma, gpt, llama
 from daajax.models.architecture import Architecture, for_length
 from daajax.models.config_reader import ConfigReader
-from daajax.models.decoder import layer_parameters, outer_parameters
+from daajax.models.parameters import layer_parameters, outer_parameters
 from daajax.models.storage import Modules, Tensor
 
 

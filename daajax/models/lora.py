@@ -1,12 +1,12 @@
 """Low-rank adapters: what they are, which parameters they leave to train, and how they melt into the weights.
 
 A projection W with an adapter computes x·W + s·(x·A)·B (Hu et al. 2021, https://arxiv.org/abs/2106.09685). A and B are
-a collection of their own, `lora`, beside the base: the same model without it is the model that adapters began from.
+a collection of their own, `lora`, beside the base: the same model without it is the bare base.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.traverse_util as traverse
@@ -25,24 +25,31 @@ ATTENTION = PROJECTIONS[:4]
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Adapters of some projections, in every layer.
+    """What of a model is trained where not all of it is: adapters of some projections in every layer, and some parts.
 
     Attributes:
         rank: Columns of A.
         alpha: What they are weighed with, over `rank`, or over its root if `rslora`.
         targets: Names of projections.
         rslora: Rank-stabilized scaling (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        whole: Names of parameters that are trained whole, in every layer if they are of layers; their biases belong to
+            them.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     rslora: bool = False
+    whole: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
         """What (x·A)·B is multiplied with."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def trains(self, path: str) -> bool:
+        """Whether a parameter is trained, by a path such as `layers/q_proj`."""
+        return path.startswith(f"{COLLECTION}/") or path.rsplit("/", 1)[-1].removesuffix("_bias") in self.whole
 
 
 def targets_of(architecture: Architecture, names: Sequence[str]) -> tuple[str, ...]:
@@ -67,10 +74,13 @@ def targets_of(architecture: Architecture, names: Sequence[str]) -> tuple[str, .
     return tuple(name for name in there if name in asked)
 
 
-def split(params: Tree, is_trained: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """A tree in two: what is trained and what is frozen, by path such as `layers/q_proj`."""
+def split(params: Tree, lora: Lora | None) -> tuple[Tree, Tree]:
+    """A tree of parameters, or of anything in their place, in two: what is trained, and what is frozen."""
     flat = traverse.flatten_dict(params, sep="/")
-    parts = ({path: leaf for path, leaf in flat.items() if is_trained(path) == trained} for trained in (True, False))
+    parts = (
+        {path: leaf for path, leaf in flat.items() if (lora is None or lora.trains(path)) == trained}
+        for trained in (True, False)
+    )
     trained, frozen = (traverse.unflatten_dict(part, sep="/") for part in parts)
     return trained, frozen
 
@@ -86,19 +96,23 @@ def without(params: Tree) -> Tree:
     return {name: value for name, value in params.items() if name != COLLECTION}
 
 
-def merged(params: Tree, lora: Lora | None) -> Tree:
-    """The weights with their adapters melted in, in the dtype that they have; where they live does not change."""
-    if lora is None or COLLECTION not in params:
-        return without(params)
-    adapters, layers = params[COLLECTION]["layers"], dict(params["layers"])
+def merged(base: Tree, trained: Tree, lora: Lora) -> Tree:
+    """The weights with their adapters melted in, in the dtype that they have; where they live does not change.
+
+    Args:
+        base: All parameters but adapters.
+        trained: What `lora` leaves to train.
+        lora: What the adapters are.
+    """
+    adapters, params = trained[COLLECTION]["layers"], joined(without(trained), base)
     for name in lora.targets:
-        layers[name] = _melt(layers[name], adapters[f"{name}_a"], adapters[f"{name}_b"], jnp.float32(lora.scale))
-    return {**without(params), "layers": layers}
+        weight, a, b = params["layers"][name], adapters[f"{name}_a"], adapters[f"{name}_b"]
+        params["layers"][name] = _melt(weight, a, b, jnp.float32(lora.scale))
+    return params
 
 
 @jax.jit
 def _melt(weight: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    delta = jnp.einsum(
-        "lir,lro->lio", a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    delta = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
     return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)

@@ -254,6 +254,12 @@ def _forget_code(file: pathlib.Path) -> None:
         say(f"{file.name}: auto_map is left out, since the code that it names is not carried along")
 
 
+def common_dtype(path: str, architecture: Architecture) -> Any:
+    """A dtype that holds every value of a directory's tensors: their own, or float32."""
+    found = set(map(np.dtype, _dtypes(path, architecture).values()))
+    return found.pop() if len(found) == 1 and not found & {np.dtype(np.float64)} else np.dtype(np.float32)
+
+
 def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:
     """Dtype of each stored tensor; empty where the directory holds no weights."""
     if not any((pathlib.Path(model_path) / name).is_file() for name in (SINGLE, INDEX)):

@@ -10,8 +10,8 @@ import pytest
 from daajax import sharding
 from daajax.models import decoder, rope
 from daajax.models.architecture import Norm, Rope, for_length
-from daajax.models.decoder import parameter_count
 from daajax.models.families import architecture_of as architecture_from
+from daajax.models.parameters import is_decayed, parameter_count
 from daajax.ops import attention, experts
 from tests.oracle import make_values as oracle
 
@@ -70,7 +70,7 @@ def test_weight_decay_is_for_matrices_only(name):
     shapes, _ = decoder.abstract_params(model_of(name))
     for path, shape in jax.tree.leaves_with_path(shapes):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert decoder.is_decayed(path) == (len(shape.shape) - path.startswith("layers/") >= 2), path
+        assert is_decayed(path) == (len(shape.shape) - path.startswith("layers/") >= 2), path
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from daajax.errors import UserError
 from daajax.loss import router_loss
 from daajax.models import decoder, rope, weights
 from daajax.models.architecture import LayerKind, Rope, describe_rope, for_length
-from daajax.models.decoder import parameter_count
 from daajax.models.families import FAMILIES, architecture_of, read_architecture
+from daajax.models.parameters import parameter_count
 from daajax.scoring import Scorer
 from tests import worlds
 from tests.oracle import make_values as oracle

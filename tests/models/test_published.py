@@ -3,8 +3,8 @@
 import pytest
 
 from daajax.errors import UserError
-from daajax.models.decoder import parameter_count
 from daajax.models.families import architecture_of
+from daajax.models.parameters import parameter_count
 
 COMMON = dict(bos_token_id=1, eos_token_id=2, initializer_range=0.02, use_cache=True, torch_dtype="bfloat16")
 COMMON |= dict(transformers_version="4.46.0", architectures=["ForCausalLM"], attention_dropout=0.0)

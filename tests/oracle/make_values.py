@@ -18,8 +18,8 @@ import numpy as np
 import safetensors.numpy
 
 from daajax.models import decoder, weights
-from daajax.models.decoder import Parameter, layer_parameters, outer_parameters
 from daajax.models.families import architecture_of
+from daajax.models.parameters import Parameter, layer_parameters, outer_parameters
 
 VALUES = pathlib.Path(__file__).parent / "values"
 DIRECTIONS = 4  # random directions that a gradient is projected on; a wrong entry anywhere shows in them
