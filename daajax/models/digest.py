@@ -10,20 +10,20 @@ import jax.numpy as jnp
 
 
 def digest_of(params: Mapping[str, Any]) -> str:
-    """What the weights are, whatever files, shards or mesh they came through: equal digests mean equal values.
+    """What the weights are, whatever files, shards, mesh or dtype they are in: equal digests mean equal values.
 
-    Every element's bits are mixed with its position and summed modulo 2³², twice with different constants; such sums
-    are the same in any order, so each device sums what it has.
+    Every element's bits, those of a float in float32, are mixed with its position and summed modulo 2³², twice with
+    different constants; such sums are the same in any order, so each device sums what it has.
     """
     flat: Any = traverse.flatten_dict(params, sep="/")
     hashed = hashlib.sha256()
     for name, sums in sorted(digests_of(flat).items()):
-        hashed.update(f"{name}:{flat[name].dtype}{flat[name].shape}:{sums};".encode())
+        hashed.update(f"{name}:{flat[name].shape}:{sums};".encode())
     return hashed.hexdigest()
 
 
 def digests_of(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """The digest of each array's values; their types have two or four bytes."""
+    """The digest of each array's values; their types have up to four bytes."""
     sums = jax.device_get(_mix_all(dict(arrays)))
     return {name: "-".join(f"{int(value):08x}" for value in pair) for name, pair in sums.items()}
 
@@ -34,7 +34,8 @@ def _mix_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
+    values = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

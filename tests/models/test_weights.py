@@ -329,7 +329,17 @@ def test_the_digest_changes_with_every_bit_and_place_and_name(dtype):
     differs({"layers": {"a": values[::-1]}, "b": values[0]}, "layers swapped")
     differs({"layers": {"a": values}}, "missing")
     if dtype == jnp.float32:
-        differs({"layers": {"a": values.astype(jnp.bfloat16)}, "b": values[0]}, "another dtype")
+        differs({"layers": {"a": values.astype(jnp.bfloat16)}, "b": values[0]}, "rounded")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_digest_is_of_values_in_whatever_dtype_they_are(dtype):
+    values = jnp.asarray(oracle.uniform(24, 5).reshape(4, 6) - 0.5, dtype)
+    assert digest_of({"a": values}) == digest_of({"a": values.astype(jnp.float32)})
+
+
+def test_the_digest_tells_codes_of_one_byte_apart():
+    assert len({digest_of({"a": jnp.asarray(codes, jnp.uint8)}) for codes in ([0, 255], [255, 0], [0, 127])}) == 3
 
 
 def test_the_digest_tells_zero_from_minus_zero_and_zeros_by_their_number():
