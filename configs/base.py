@@ -81,7 +81,7 @@ def get_config() -> Any:
     # weight of the loss that balances the experts of a mixture (its config's router_aux_loss_coef is not read); 0: none
     config.model.router_aux_loss_coef = 0.0
 
-    # low-rank adapters: only they are trained; the base stays as it is, and is kept in model.dtype
+    # low-rank adapters: only they are trained; the base stays as it is
     config.lora = config_dict.ConfigDict()
     config.lora.rank = 0  # 0: off, all parameters are trained
     config.lora.alpha = 16.0  # adapters are weighed with alpha / rank
@@ -90,6 +90,9 @@ def get_config() -> Any:
     config.lora.rslora = False  # weigh with alpha / √rank
     # parameters that are trained whole beside them: embed_tokens, norm, lm_head, pre_attention_norm, router, …
     config.lora.modules_to_save = ()
+    # how the base's projections are kept: int8, with a scale an output; nf4, 4 bits with double quantization (QLoRA);
+    # None: in model.dtype, as all the rest
+    config.lora.quantization = optional_text()
 
     config.tokenizer = config_dict.ConfigDict()
     config.tokenizer.path = optional_text()  # directory of the tokenizer, or as model.path; None: that

@@ -17,6 +17,7 @@ from daajax.errors import UserError, one_line
 from daajax.losses.objectives import OBJECTIVES
 from daajax.losses.terms import Needs, bind
 from daajax.models.decoder import REMAT
+from daajax.models.quantization import FORMATS
 from daajax.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer
 from daajax.scoring import ATTENTION
 
@@ -52,6 +53,7 @@ _CHOICES = {
     "data.truncation": TRUNCATIONS,
     "eval_data.name": tuple(SOURCES),
     "eval_data.truncation": TRUNCATIONS,
+    "lora.quantization": (None, *FORMATS),
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
     "optimizer.name": tuple(OPTIMIZERS),

@@ -186,7 +186,7 @@ def model_of_run(options: Options) -> Model:
     config = resolve(restored(folder.read_config(workdir)))
     saved = checkpoint.Checkpoints(workdir)
     step = saved.choose(options.step)
-    config, _ = run.fetch_models(config, folder.read_revisions(workdir), with_weights=step == 0)
+    config, _ = run.fetch_models(config, folder.read_revisions(workdir), with_weights=step == 0 or config.lora.rank > 0)
     return Model(
         f"{workdir} after update {step}",
         config.model.path,

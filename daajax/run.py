@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
 from daajax.models.lora import Lora
 from daajax.models.parameters import layer_parameters, outer_parameters
+from daajax.models.quantization import FORMATS
 from daajax.scoring import Batch, Scorer
 from daajax.step import TrainState
 
@@ -77,7 +80,15 @@ def lora_of(config: Config, architecture: Architecture) -> Lora | None:
             f"lora.modules_to_save has {unknown[0]!r}; what can be trained whole beside adapters of "
             f"{', '.join(targets)}: {', '.join(there)}."
         )
-    return Lora(options.rank, options.alpha, targets, options.rslora, tuple(options.modules_to_save))
+    return Lora(
+        options.rank,
+        options.alpha,
+        targets,
+        options.rslora,
+        whole=tuple(options.modules_to_save),
+        dtype=config.model.dtype,
+        quantization=options.quantization,
+    )
 
 
 def make_scorer(config: Config, architecture: Architecture, mesh: Any, *, adapters: Lora | None = None) -> Scorer:
@@ -122,15 +133,38 @@ def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None
         mesh: The mesh.
         random_seed: Draws fresh parameters from it instead of reading them.
     """
-    shapes, shardings = (lora.without(tree) for tree in param_layout(scorer, mesh))
+    plain = dequantized(scorer)
+    shapes, shardings = (lora.without(tree) for tree in param_layout(plain, mesh))
+    keep = _quantizer(scorer, mesh)
     if random_seed is None:
-        return weights.load(path, scorer.model.architecture, shapes, shardings)
+        return weights.load(path, scorer.model.architecture, shapes, shardings, keep)
 
     def draw(key: jax.Array) -> Params:
-        drawn = decoder.init_params(scorer.model.clone(lora=None), key)
+        drawn = decoder.init_params(plain.model.clone(lora=None), key)
         return jax.tree.map(lambda x, shape: x.astype(shape.dtype), drawn, shapes)
 
-    return jax.jit(draw, out_shardings=shardings)(jax.random.key(random_seed))
+    drawn = jax.jit(draw, out_shardings=shardings)(jax.random.key(random_seed))
+    flat: Any = traverse.flatten_dict(drawn, sep="/")
+    return traverse.unflatten_dict({path: keep(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def dequantized(scorer: Scorer) -> Scorer:
+    """The same model with no weight quantized."""
+    adapters = scorer.model.lora and dataclasses.replace(scorer.model.lora, quantization=None)
+    return dataclasses.replace(scorer, model=scorer.model.clone(lora=adapters))
+
+
+def _quantizer(scorer: Scorer, mesh: Any) -> Callable[[str, jax.Array], Any]:
+    """From a parameter's path and itself to what is kept of it: the parts it is quantized to, or itself."""
+    adapters, homes = scorer.model.lora, param_layout(scorer, mesh)[1]
+
+    def keep(path: str, weight: jax.Array) -> Any:
+        if adapters is None or not adapters.quantizes(path):
+            return weight
+        where = functools.reduce(operator.getitem, path.split("/"), homes)
+        return jax.jit(FORMATS[str(adapters.quantization)].quantize, out_shardings=where)(weight)
+
+    return keep
 
 
 def load_base(config: Config, scorer: Scorer, mesh: Any) -> Params:
@@ -162,7 +196,8 @@ def reference_part(config: Config, params: Params, adapters: Lora | None) -> Par
 def merged(config: Config, params: Params, scorer: Scorer, mesh: Any) -> Params:
     """The whole model that trained parameters make, adapters melted in.
 
-    What was not trained is as it is in the files that it came from, to the last bit.
+    What was not trained is as it is in the files that it came from, to the last bit, but for what was quantized:
+    that is what it was computed with.
 
     Args:
         config: The run's.
@@ -179,6 +214,8 @@ def merged(config: Config, params: Params, scorer: Scorer, mesh: Any) -> Params:
     if not config.model.random_init:
         model = model.clone(param_dtype=weights.common_dtype(config.model.path, model.architecture))
     base = load_base(config, dataclasses.replace(scorer, model=model.clone(lora=None)), mesh)
+    if adapters.quantization is not None:
+        base = lora.rounded(base, adapters)
     return lora.merged(base, lora.split(params, adapters)[0], adapters)
 
 

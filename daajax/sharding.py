@@ -133,7 +133,8 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     def one(path: Any, shape: Any, names: PartitionSpec) -> NamedSharding:
         parameter = jax.tree_util.keystr(path, simple=True, separator="/")
         for size, name in zip(shape.shape, names, strict=True):
-            check_divides(mesh, name, size, f"parameter {parameter}, axis {name!r}")
+            if name is not None:
+                check_divides(mesh, name, size, f"parameter {parameter}, axis {name!r}")
         return sharding(mesh, tuple(names))
 
     return jax.tree.map_with_path(one, shapes, axes)

@@ -90,7 +90,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     adapters = scorer.model.lora
     (own, fixed), (own_homes, fixed_homes) = (lora.split(tree, adapters) for tree in (shapes, param_shardings))
     if not config.model.random_init:
-        weights.check(config.model.path, architecture, lora.without(shapes))
+        weights.check(config.model.path, architecture, lora.without(run.param_layout(run.dequantized(scorer), mesh)[0]))
     say(
         f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, {config.model.param_dtype}, "
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"

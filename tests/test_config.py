@@ -121,6 +121,7 @@ CASES = {  # option: what is changed, and what must change with it
     "micro_batches": (["micro_batches=2"], seen_plan),
     "lora.alpha": (["lora.rank=4", "lora.alpha=32.0"], seen_scorer),
     "lora.modules_to_save": (["lora.rank=4", "lora.modules_to_save=('norm',)"], seen_scorer),
+    "lora.quantization": (["lora.rank=4", "lora.quantization=int8"], seen_scorer),
     "lora.rank": (["lora.rank=8"], seen_scorer),
     "lora.rslora": (["lora.rank=4", "lora.rslora=True"], seen_scorer),
     "lora.targets": (["lora.rank=4", "lora.targets=('q_proj',)"], seen_scorer),
@@ -140,7 +141,10 @@ BASES = {  # what the changed config is compared with, where it is not the world
     "data.truncation": ["max_length=30"],
     "data.weight": ["data.weight=1.0", "data.extra=({'name':'jsonl','path':'EXTRA','weight':1.0},)"],
     **{f"eval_data.{name}": EVAL for name in ("extra", "limit", "truncation")},
-    **{f"lora.{name}": ["lora.rank=4"] for name in ("alpha", "modules_to_save", "rank", "rslora", "targets")},
+    **{
+        f"lora.{name}": ["lora.rank=4"]
+        for name in ("alpha", "modules_to_save", "quantization", "rank", "rslora", "targets")
+    },
     "packing.enabled": ["batch_size=24"],
     "seed": ["data.shuffle=True"],
 }

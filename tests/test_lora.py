@@ -14,6 +14,7 @@ from daajax.evaluate import evaluate
 from daajax.export import export
 from daajax.models import decoder, lora
 from daajax.models.families import architecture_of
+from daajax.models.quantization import FORMATS
 from daajax.ops import attention
 from tests import worlds
 from tests.models.test_decoder import rows
@@ -167,6 +168,52 @@ def test_weights_are_kept_in_the_compute_dtype_and_those_that_stay_come_out_as_t
     assert moved(before, after) == {name for name in before if "_proj" in name}  # the others are float32 in the files
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A world whose projections can be cut into blocks of 64 inputs."""
+    folder = tmp_path_factory.mktemp("wide")
+    world = worlds.make_world(folder)
+    worlds.make_model(folder / "model", hidden_size=64, intermediate_size=128)
+    return world
+
+
+@pytest.mark.parametrize("quantization", list(FORMATS))
+def test_a_quantized_base_is_its_own_reference_and_comes_out_as_it_was_computed_with(
+    wide, tmp_path, quantization, capsys
+):
+    flags = [
+        *wide.flags,
+        *FLAGS,
+        f"--config.lora.quantization={quantization}",
+        "--config.lora.modules_to_save=('norm',)",
+    ]
+    found = worlds.train(tmp_path / "run", *flags, "--config.checkpoint.every=2")
+    assert re.search(r"model: layers/q_proj/codes .* u?int8 ", capsys.readouterr().out)
+    assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert found[0]["log_ratios/largest"] < 1e-4
+    whole = worlds.train(tmp_path / "whole", *wide.flags, *FLAGS)
+    assert worlds.deviation(worlds.column(found, "loss"), worlds.column(whole, "loss")) > 1e-4  # it is another model
+    before, after = (worlds.load_tensors(path) for path in (wide.model, tmp_path / "run" / "model"))
+    assert moved(before, after) == {name for name in before if "_proj" in name or name == "model.norm.weight"}
+    live = ["--config.reference.live=True", "--config.remat=full", "--config.micro_batches=2", "--config.mesh.fsdp=2"]
+    again = worlds.train(tmp_path / "live", *flags, *live, devices=2)
+    np.testing.assert_allclose(worlds.column(again, "loss"), worlds.column(found, "loss"), rtol=2e-4)
+    # The model directory scores as the run's own checkpoint does, and step 0 is the quantized base.
+    data = f"--config.eval_data.path={wide.data}"
+    worlds.at(evaluate, tmp_path / "run", data)
+    worlds.at(export, tmp_path / "run", "--step=0", f"--output={tmp_path / 'base'}")
+    own = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[-1])
+    other = [data, f"--config.model.path={tmp_path / 'run' / 'model'}", "--config.reference.mode=path"]
+    other += [
+        f"--config.reference.path={tmp_path / 'base'}",
+        "--config.steps=1",
+        "--config.optimizer.learning_rate=0.0",
+    ]
+    melted = worlds.train(tmp_path / "melted", *wide.flags, *other)
+    for name in ("eval/loss", "eval/logps/chosen", "eval/rewards/margins"):
+        assert melted[0][name] == pytest.approx(own[name], rel=1e-4), name
+
+
 def test_checkpoints_are_exported_melted(world, plain, tmp_path):
     folder, _ = plain
     for step in (0, 5):
@@ -206,6 +253,9 @@ def test_what_is_sampled_of_a_checkpoint_is_what_its_melted_model_writes(plain, 
         (["lora.rank=4", "lora.targets=()"], "config.lora.targets is empty"),
         (["lora.rank=4", "lora.modules_to_save=('lm_head',)"], "lora.modules_to_save has 'lm_head'; what can be"),
         (["lora.rank=4", "lora.modules_to_save=('q_proj',)"], "lora.modules_to_save has 'q_proj'; what can be"),
+        (["lora.quantization=int8"], "config.lora.quantization is set but config.lora.rank is 0"),
+        (["lora.rank=4", "lora.quantization=int4"], "config.lora.quantization='int4' is unknown; there are None, int8"),
+        (["lora.rank=4", "lora.quantization=nf4"], "nf4 cuts a weight's inputs into blocks of 64"),
         (["lora.rank=-1"], "config.lora.rank=-1 must be at least 0"),
         (["reference.mode=adapter_off"], "config.reference.mode='adapter_off' but config.lora.rank is 0"),
     ],

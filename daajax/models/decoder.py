@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from daajax.models import rope
+from daajax.models import quantization, rope
 from daajax.models.architecture import Architecture, Norm
 from daajax.models.lora import COLLECTION, Lora
-from daajax.models.parameters import Parameter, adapter_parameters, layer_parameters, outer_parameters
+from daajax.models.parameters import Parameter, adapter_parameters, kept, layer_parameters, outer_parameters
+from daajax.models.quantization import Quantized
 from daajax.models.rope import Rotation
 from daajax.ops import experts
 
@@ -77,14 +78,14 @@ def normalize(params: Params, name: str, x: Float[Array, "*axes width"], norm: N
 
 def project(params: Params, name: str, x: Float[Array, "*axes inputs"]) -> Float[Array, "*axes outputs"]:
     """A linear layer as one two-dimensional product, in the dtype of x; float32 is not rounded to a shorter format."""
-    weight, precision = params[name], _precision(x.dtype)
-    flat = jnp.dot(x.reshape(-1, x.shape[-1]), weight, precision=precision)
+    flat, precision = x.reshape(-1, x.shape[-1]), _precision(x.dtype)
+    y = quantization.apply(lambda weights, x: jnp.dot(x, *weights, precision=precision), (params[name],), flat)
     if f"{name}_bias" in params:
-        flat = flat + params[f"{name}_bias"][None]
+        y = y + params[f"{name}_bias"][None]
     if f"{name}_a" in params:
-        down = jnp.dot(x.reshape(-1, x.shape[-1]), params[f"{name}_a"], precision=precision)
-        flat = flat + jnp.dot(down, params[f"{name}_b"], precision=precision)
-    return flat.reshape(*x.shape[:-1], weight.shape[-1])
+        down = jnp.dot(flat, params[f"{name}_a"], precision=precision)
+        y = y + jnp.dot(down, params[f"{name}_b"], precision=precision)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
@@ -144,8 +145,13 @@ def experts_block(
     weights, chosen = jax.lax.top_k(probabilities, experts.num_experts_per_tok)
     if experts.norm_topk_prob:
         weights = weights / weights.sum(axis=-1, keepdims=True)
-    projections = (params[name] for name in ("gate_proj", "up_proj", "down_proj"))
-    output = mix(x, chosen, weights, *projections, ACTIVATIONS[architecture.hidden_act]).astype(x.dtype)
+    projections, act = (
+        [params[name] for name in ("gate_proj", "up_proj", "down_proj")],
+        ACTIVATIONS[architecture.hidden_act],
+    )
+    output = quantization.apply(
+        lambda projections, *sent: mix(*sent, *projections, act), projections, x, chosen, weights
+    ).astype(x.dtype)
     if weighed is None:
         return output, None
     times = (chosen[..., None] == jnp.arange(experts.num_experts)[None, None, None]).sum(axis=2)
@@ -177,8 +183,13 @@ def decoder_layer(
 
 
 def layer_weights(stored: Params, adapters: Params, dtype: jax.typing.DTypeLike, lora: Lora | None) -> Params:
-    """One layer's parameters in the compute dtype, with those of its adapters, B scaled."""
-    weights = {name: value.astype(dtype) for name, value in stored.items()}
+    """One layer's parameters in the compute dtype, with those of its adapters, B scaled; quantized ones as they are."""
+    weights: Params = {}
+    for name, value in stored.items():
+        if lora is not None and lora.quantizes(name):
+            weights[name] = Quantized(value, str(lora.quantization))
+        else:
+            weights[name] = value.astype(dtype)
     for name, value in adapters.items():
         weights[name] = (value * lora.scale if lora is not None and name.endswith("_b") else value).astype(dtype)
     return weights
@@ -206,7 +217,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, rotations, seen, weighed, kind):
-        a, stored, adapters = self.architecture, layer_parameters(self.architecture), {}
+        a, stored, adapters = self.architecture, kept(layer_parameters(self.architecture), self.lora), {}
         if self.lora is not None:
             adapters = adapter_parameters(a, self.lora)
             if not (self.is_initializing() or self.has_variable(COLLECTION, next(iter(adapters)))):
@@ -262,7 +273,8 @@ class Decoder(nn.Module):
             weighed: What each token counts in how routers sent them; None: nobody asks.
         """
         a = self.architecture
-        outer = {n: _declare(self, n, p).astype(self.dtype) for n, p in outer_parameters(a).items()}
+        outer_there = kept(outer_parameters(a), self.lora)
+        outer = {n: _declare(self, n, p).astype(self.dtype) for n, p in outer_there.items()}
         layer = _Layer if self.remat == "none" else nn.remat(_Layer, policy=REMAT[self.remat], prevent_cse=False)
         kinds = _kinds(a)
         layers = nn.scan(
@@ -285,19 +297,28 @@ def _kinds(architecture: Architecture) -> Int[Array, " layers"] | None:
     return jnp.asarray(architecture.kind_of, jnp.int32) if architecture.kind_of else None
 
 
-def _declare(module: nn.Module, name: str, parameter: Parameter, collection: str = "params") -> Array:
-    init: Any = nn.initializers.normal(module.architecture.initializer_range)
-    if parameter.start is not None:
-        init = nn.initializers.constant(parameter.start)
-    elif parameter.spread is not None:
-        init = _evenly(parameter.spread)
-    init, shape, dtype = nn.with_partitioning(init, parameter.axes), parameter.shape, module.param_dtype
-    if module.lora is not None and collection == "params" and not module.lora.trains(name):
-        dtype = module.dtype  # what is frozen loses nothing by it: it would be cast at every use
+def _declare(
+    module: nn.Module, name: str, parameter: Parameter | dict[str, Parameter], collection: str = "params"
+) -> Any:
+    """A parameter, or the parts of one, in the dtype that is kept."""
+
+    def one(key: Array, parameter: Parameter) -> Any:
+        init: Any = nn.initializers.normal(module.architecture.initializer_range)
+        if parameter.start is not None:
+            init = nn.initializers.constant(parameter.start)
+        elif parameter.spread is not None:
+            init = _evenly(parameter.spread)
+        dtype = module.param_dtype if parameter.dtype is None else parameter.dtype
+        return nn.with_partitioning(init, parameter.axes)(key, parameter.shape, dtype)
+
+    def start(key: Array) -> Any:
+        if isinstance(parameter, Parameter):
+            return one(key, parameter)
+        return {name: one(key, part) for name, part in parameter.items()}
+
     if collection == "params":
-        value: Any = module.param(name, init, shape, dtype)
-        return value
-    return module.variable(collection, name, lambda: init(module.make_rng("params"), shape, dtype)).value
+        return module.param(name, start)
+    return module.variable(collection, name, lambda: start(module.make_rng("params"))).value
 
 
 def _evenly(spread: float) -> Callable[..., Array]:

@@ -5,6 +5,7 @@ a collection of their own, `lora`, beside the base: the same model without it is
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from daajax.errors import UserError
 from daajax.models.architecture import Architecture
+from daajax.models.quantization import FORMATS
 
 Tree = dict[str, Any]
 
@@ -34,6 +36,8 @@ class Lora:
         rslora: Rank-stabilized scaling (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         whole: Names of parameters that are trained whole, in every layer if they are of layers; their biases belong to
             them.
+        dtype: Of the parameters that are frozen.
+        quantization: Key of `daajax.models.quantization.FORMATS` that frozen projections are kept in; None: in `dtype`.
     """
 
     rank: int
@@ -41,6 +45,8 @@ class Lora:
     targets: tuple[str, ...]
     rslora: bool = False
     whole: tuple[str, ...] = ()
+    dtype: str = "float32"
+    quantization: str | None = None
 
     @property
     def scale(self) -> float:
@@ -50,6 +56,10 @@ class Lora:
     def trains(self, path: str) -> bool:
         """Whether a parameter is trained, by a path such as `layers/q_proj`."""
         return path.startswith(f"{COLLECTION}/") or path.rsplit("/", 1)[-1].removesuffix("_bias") in self.whole
+
+    def quantizes(self, path: str) -> bool:
+        """Whether a parameter is kept quantized."""
+        return self.quantization is not None and path.rsplit("/", 1)[-1] in PROJECTIONS and not self.trains(path)
 
 
 def targets_of(architecture: Architecture, names: Sequence[str]) -> tuple[str, ...]:
@@ -94,6 +104,20 @@ def joined(one: Tree, other: Tree) -> Tree:
 def without(params: Tree) -> Tree:
     """The model with its adapters off."""
     return {name: value for name, value in params.items() if name != COLLECTION}
+
+
+def rounded(base: Tree, lora: Lora) -> Tree:
+    """A base with those projections that are kept quantized replaced by what their parts stand for, in their dtype."""
+    layers = dict(base["layers"])
+    for name in filter(lora.quantizes, layers):
+        layers[name] = _round(layers[name], str(lora.quantization), jnp.dtype(lora.dtype))
+    return {**base, "layers": layers}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _round(weight: jax.Array, quantization: str, dtype: Any) -> jax.Array:
+    kept = FORMATS[quantization]
+    return kept.dequantize(kept.quantize(weight.astype(dtype)), dtype).astype(weight.dtype)
 
 
 def merged(base: Tree, trained: Tree, lora: Lora) -> Tree:

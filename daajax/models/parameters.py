@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+
+import jax
 
 from daajax.models.architecture import Architecture
 from daajax.models.lora import Lora
+from daajax.models.quantization import FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +20,14 @@ class Parameter:
         axes: Their logical names.
         start: One number; None: drawn.
         spread: Drawn evenly between -spread and spread; None: from the architecture's normal distribution.
+        dtype: Its dtype; None: that of the parameters that are trained.
     """
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     start: float | None = None
     spread: float | None = None
+    dtype: jax.typing.DTypeLike | None = None
 
 
 def layer_parameters(architecture: Architecture) -> dict[str, Parameter]:
@@ -76,6 +82,24 @@ def _norm_parameters(name: str, architecture: Architecture) -> dict[str, Paramet
     shape, norm = (architecture.hidden_size,), architecture.norm
     found = {name: Parameter(shape, ("norm",), start=0.0 if norm.unit_offset else 1.0)}
     return found | ({f"{name}_bias": Parameter(shape, ("norm",), start=0.0)} if norm.bias else {})
+
+
+def kept(parameters: Mapping[str, Parameter], lora: Lora | None) -> dict[str, Parameter | dict[str, Parameter]]:
+    """Parameters as they are kept where some are frozen: those in a dtype of their own, or in several parts.
+
+    Raises:
+        UserError: If one cannot be quantized as it is asked for.
+    """
+    found: dict[str, Parameter | dict[str, Parameter]] = {}
+    for name, parameter in parameters.items():
+        if lora is None or lora.trains(name):
+            found[name] = parameter
+        elif lora.quantizes(name):
+            parts = FORMATS[str(lora.quantization)].parts(parameter.shape, parameter.axes)
+            found[name] = {part: Parameter(p.shape, p.axes, 0.0, dtype=p.dtype) for part, p in parts.items()}
+        else:
+            found[name] = dataclasses.replace(parameter, dtype=lora.dtype)
+    return found
 
 
 def adapter_parameters(architecture: Architecture, lora: Lora) -> dict[str, Parameter]:

@@ -38,7 +38,13 @@ _ROWS = 4096  # of a matrix, compared at once
 COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 
 
-def load(path: str, architecture: Architecture, shapes: Params, shardings: Params) -> Params:
+def load(
+    path: str,
+    architecture: Architecture,
+    shapes: Params,
+    shardings: Params,
+    keep: Callable[[str, jax.Array], Any] = lambda name, value: value,
+) -> Params:
     """Reads a model directory into sharded parameters.
 
     Args:
@@ -46,6 +52,8 @@ def load(path: str, architecture: Architecture, shapes: Params, shardings: Param
         architecture: What its `config.json` says.
         shapes: Shape and dtype wanted of every parameter.
         shardings: Where every parameter lives.
+        keep: From a parameter's path, such as `layers/q_proj`, and itself, what there shall be of it; it comes before
+            the next one is read.
 
     Raises:
         UserError: If tensors are missing, extra, of another shape, not floats, or differ from what they are tied to.
@@ -58,8 +66,8 @@ def load(path: str, architecture: Architecture, shapes: Params, shardings: Param
         params = {}
         for name, shape in flat_shapes.items():
             read = _reader(directory, stored[name], shape)
-            params[name] = jax.make_array_from_callback(shape.shape, flat_shardings[name], read)
-        jax.block_until_ready(params)
+            read_in = jax.make_array_from_callback(shape.shape, flat_shardings[name], read)
+            params[name] = jax.block_until_ready(keep(name, read_in))
     return traverse.unflatten_dict(params, sep="/")
 
 

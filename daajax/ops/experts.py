@@ -112,35 +112,41 @@ def grouped(
     expert: Int[Array, " capacity"],
     blocks: Int[Array, ""],
 ) -> Float[Array, "slots outputs"]:
-    """Each block of rows times the weights of its expert, in the dtype of x; 0 behind the last block."""
-    return _grouped_forward(x, weights, expert, blocks)[0]
+    """Each block of rows times the weights of its expert, in the dtype of x; 0 behind the last block.
 
+    Weights that are not differentiated get no gradient, and none is made.
+    """
 
-def _grouped_forward(x, weights, expert, blocks):
     def visit(block, y):
         product = _product(_block(x, block), weights[expert[block]], (1, 0)).astype(x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y, product, block * BLOCK, axis=0)
 
-    y = jax.lax.fori_loop(0, blocks, visit, jnp.zeros((len(x), weights.shape[2]), x.dtype))
-    return y, (x, weights, expert, blocks)
+    return jax.lax.fori_loop(0, blocks, visit, jnp.zeros((len(x), weights.shape[2]), x.dtype))
+
+
+def _grouped_forward(x, weights, expert, blocks):
+    given = tuple(operand.value for operand in (x, weights, expert, blocks))
+    return grouped(*given), (*given, () if weights.perturbed else None)
 
 
 def _grouped_backward(residuals, cotangent):
-    x, weights, expert, blocks = residuals
+    x, weights, expert, blocks, is_trained = residuals
 
     def visit(block, carry):
         d_x, d_weights = carry
         ct, own = _block(cotangent, block), expert[block]
         d_block = _product(ct, weights[own], (1, 1)).astype(x.dtype)
         d_x = jax.lax.dynamic_update_slice_in_dim(d_x, d_block, block * BLOCK, axis=0)
-        return d_x, d_weights.at[own].add(_product(_block(x, block), ct, (0, 0)))
+        if d_weights is not None:
+            d_weights = d_weights.at[own].add(_product(_block(x, block), ct, (0, 0)))
+        return d_x, d_weights
 
-    start = jnp.zeros_like(x), jnp.zeros(weights.shape, jnp.float32)
+    start = jnp.zeros_like(x), None if is_trained is None else jnp.zeros(weights.shape, jnp.float32)
     d_x, d_weights = jax.lax.fori_loop(0, blocks, visit, start)
-    return d_x, d_weights.astype(weights.dtype), None, None
+    return d_x, None if d_weights is None else d_weights.astype(weights.dtype), None, None
 
 
-grouped.defvjp(_grouped_forward, _grouped_backward)
+grouped.defvjp(_grouped_forward, _grouped_backward, symbolic_zeros=True)
 
 
 def _block(x: Array, block: Array) -> Array:
