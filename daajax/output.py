@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,32 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder beside `path` to write to, which takes its place at the end; if the block raises, it does not.
+
+    Args:
+        path: The folder to make or replace.
+    """
+    partial, aside = (path.with_name(path.name + ending) for ending in (".partial", ".old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if path.exists():  # set aside first, so that there is always a whole one
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    partial.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def copy(source: str, patterns: Sequence[str], folder: pathlib.Path) -> None:
+    """Copies the files of a folder that match into another one, under the same names."""
+    for file in (file for pattern in patterns for file in pathlib.Path(source).glob(pattern) if file.is_file()):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

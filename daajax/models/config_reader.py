@@ -24,8 +24,8 @@ _IRRELEVANT = frozenset(
 )
 
 
-def read(file: pathlib.Path) -> dict[str, Any]:
-    """The contents of a `config.json`.
+def read(file: pathlib.Path, what: str = "a model's config.json") -> dict[str, Any]:
+    """The contents of a `config.json`, or of another file of that kind.
 
     Raises:
         UserError: If it is not an object.
@@ -35,7 +35,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise TypeError("not an object")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: not a model's config.json ({type(error).__name__}: {error}).") from None
+        raise UserError(f"{file}: not {what} ({type(error).__name__}: {error}).") from None
     return config
 
 
@@ -130,8 +130,8 @@ class ConfigReader:
         for key in keys:
             self._config.pop(key, None)
 
-    def finish(self) -> None:
-        """Refuses a config that has keys which nobody took."""
-        unknown = sorted(key for key, value in self._config.items() if key not in _IRRELEVANT and value is not None)
+    def finish(self, what: str = "this model_type", irrelevant: Collection[str] = _IRRELEVANT) -> None:
+        """Refuses a config that has keys which nobody took, other than those that are irrelevant to it."""
+        unknown = sorted(key for key, value in self._config.items() if key not in irrelevant and value is not None)
         if unknown:
-            raise UserError(f"keys {unknown} are not known for this model_type; what they ask for would be ignored.")
+            raise UserError(f"keys {unknown} are not known for {what}; what they ask for would be ignored.")

@@ -3,14 +3,19 @@
 import contextlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import safetensors
 
 from daajax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = ("*.safetensors", "*.safetensors.index.json")  # files with weights
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_ROWS = 4096  # of a matrix, compared at once
 SECOND_COPY = "consolidated*"  # the same weights once more, in some directories, for their authors' own programs
 
 
@@ -85,6 +90,28 @@ class Directory:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two tensors, as `Directory.slice` gives them, hold different values; a few rows are read at a time."""
+    if one.get_shape() != other.get_shape():
+        return True
+    rows = one.get_shape()[0]
+    blocks = (slice(row, min(row + _ROWS, rows)) for row in range(0, rows, _ROWS))
+    return any((one[block] != other[block]).any() for block in blocks)
+
+
+def once(read: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """What reads the part of an array that an index asks for once for all devices that hold it."""
+    parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
+
+    def found(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)  # a slice itself is no key before Python 3.12
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return found
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

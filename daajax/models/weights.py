@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import json
 import pathlib
-import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,20 +19,19 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from daajax import output
 from daajax.console import say
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
 from daajax.models.architecture import Architecture
 from daajax.models.families import FAMILIES
 from daajax.models.storage import Tensor
-from daajax.models.tensor_files import INDEX, SINGLE, Directory
+from daajax.models.tensor_files import FLOATS, INDEX, SINGLE, Directory, differ, once
 
 Params = dict[str, Any]
 Flat = dict[str, Any]  # the leaves of Params by path
 
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _SHARD_BYTES = 5_000_000_000
-_ROWS = 4096  # of a matrix, compared at once
 # What a model directory holds besides weights and what makes it loadable elsewhere; carried along.
 COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 
@@ -169,9 +167,7 @@ def _check_copies(path: str, directory: Directory, architecture: Architecture) -
         if name not in directory.file_of:
             continue
         copy, kept = directory.slice(name), directory.slice(_in(directory, architecture, original) or original)
-        rows = copy.get_shape()[0]
-        blocks = (slice(row, min(row + _ROWS, rows)) for row in range(0, rows, _ROWS))
-        if copy.get_shape() != kept.get_shape() or any((copy[block] != kept[block]).any() for block in blocks):
+        if differ(copy, kept):
             raise UserError(
                 f"{path}: tensor {name} differs from {original}, though config.json ties the two; "
                 "set tie_word_embeddings to false there, or remove the one that is not meant."
@@ -182,13 +178,12 @@ def _check_shape(path: str, directory: Directory, name: str, wanted: tuple[int, 
     found = directory.slice(name)
     if tuple(found.get_shape()) != wanted:
         raise UserError(f"{path}: tensor {name} has shape {tuple(found.get_shape())}, config.json asks for {wanted}.")
-    if found.get_dtype() not in _FLOATS:
-        raise UserError(f"{path}: tensor {name} is {found.get_dtype()}; {', '.join(_FLOATS)} are read.")
+    if found.get_dtype() not in FLOATS:
+        raise UserError(f"{path}: tensor {name} is {found.get_dtype()}; {', '.join(FLOATS)} are read.")
 
 
 def _reader(directory: Directory, stored: _Stored, parameter: jax.ShapeDtypeStruct) -> Callable[[Any], np.ndarray]:
-    """What reads the part of a parameter that an index asks for, once for all devices that hold it."""
-    parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
+    """What reads the part of a parameter that an index asks for."""
     leading, numbers = len(stored.stacks), np.arange(len(stored.tensors)).reshape(stored.stacks)
 
     def one(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
@@ -200,14 +195,11 @@ def _reader(directory: Directory, stored: _Stored, parameter: jax.ShapeDtypeStru
         return (part.T if tensor.transposed else part)[..., picked].astype(parameter.dtype)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple((part.start, part.stop) for part in index)  # a slice itself is no key before Python 3.12
-        if key not in parts:
-            chosen = numbers[index[:leading]]
-            read = [one(stored.tensors[number], index[leading:]) for number in chosen.flat]
-            parts[key] = np.stack(read).reshape(*chosen.shape, *read[0].shape)
-        return parts[key]
+        chosen = numbers[index[:leading]]
+        parts = [one(stored.tensors[number], index[leading:]) for number in chosen.flat]
+        return np.stack(parts).reshape(*chosen.shape, *parts[0].shape)
 
-    return read
+    return once(read)
 
 
 def save(path: str, params: Params, architecture: Architecture, *, model_path: str, tokenizer_path: str) -> None:
@@ -236,22 +228,11 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
 def _save(
     target: pathlib.Path, params: Params, architecture: Architecture, model_path: str, tokenizer_path: str
 ) -> None:
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
-    for source, patterns in ((model_path, COMPANIONS), (tokenizer_path, TOKENIZER_FILES)):
-        for file in (file for pattern in patterns for file in pathlib.Path(source).glob(pattern) if file.is_file()):
-            copy = partial / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-    _forget_code(partial / "config.json")
-    aside = target.with_name(target.name + ".old")
-    if target.exists():  # set aside first, so that there is always a whole one
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    partial.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
+    with output.replacing_folder(target) as partial:
+        _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
+        output.copy(model_path, COMPANIONS, partial)
+        output.copy(tokenizer_path, TOKENIZER_FILES, partial)
+        _forget_code(partial / "config.json")
 
 
 def _forget_code(file: pathlib.Path) -> None:
@@ -274,7 +255,7 @@ def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:
         return {}
     with Directory(model_path) as directory:
         names = ((name, _in(directory, architecture, name)) for name in _names(_stored(architecture)))
-        return {ours: _FLOATS[directory.slice(theirs).get_dtype()] for ours, theirs in names if theirs is not None}
+        return {ours: FLOATS[directory.slice(theirs).get_dtype()] for ours, theirs in names if theirs is not None}
 
 
 def tensors(
