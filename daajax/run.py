@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from daajax import inputs, reference, sharding
 from daajax.checkpoint import Checkpoints, Record
-from daajax.config import Config
+from daajax.config import Config, hyperparameters
 from daajax.console import say
 from daajax.data.packing import Plan
 from daajax.data.tokens import TokenizedData
@@ -29,8 +29,9 @@ from daajax.models.families import read_architecture
 from daajax.models.lora import Lora
 from daajax.models.parameters import layer_parameters, outer_parameters
 from daajax.models.quantization import FORMATS
+from daajax.optimizer import make_optimizer, make_schedule
 from daajax.scoring import Batch, Scorer
-from daajax.step import TrainState
+from daajax.step import Beside, Follow, TrainState, Update, abstract_state
 
 
 def fetch_models(
@@ -122,6 +123,51 @@ def param_layout(scorer: Scorer, mesh: Any) -> tuple[Params, Params]:
     """
     shapes, axes = decoder.abstract_params(scorer.model)
     return shapes, sharding.param_shardings(mesh, shapes, axes)
+
+
+def make_update(
+    config: Config, scorer: Scorer, reference_scorer: Scorer, terms: Sequence[Term], *, updates: int
+) -> Update:
+    """The update of a run, before any of its arrays exist. Of the scorers' mesh it needs no more than a description.
+
+    Args:
+        config: The run's.
+        scorer: The policy's.
+        reference_scorer: The reference's.
+        terms: The loss.
+        updates: Length of the run, which the learning rate depends on.
+
+    Raises:
+        UserError: If an axis of a parameter does not divide over the mesh, or the run ends before its warm-up does.
+    """
+    options, mesh = config.optimizer, scorer.mesh
+    schedule = make_schedule(
+        learning_rate=options.learning_rate,
+        schedule=options.schedule,
+        warmup_steps=options.warmup_steps,
+        updates=updates,
+    )
+    optimizer = make_optimizer(
+        options.name, schedule, max_grad_norm=options.max_grad_norm, hyperparameters=hyperparameters(config)
+    )
+    is_live, follows = bool(why_live(config, terms)), config.reference.mode == "ema"
+    own, frozen = lora.split(sharding.abstract(*param_layout(scorer, mesh)), scorer.model.lora)
+    compared = {}
+    if is_live and not follows:
+        other = sharding.abstract(*param_layout(reference_scorer, mesh))
+        compared = reference_part(config, other, scorer.model.lora)
+    return Update(
+        scorer,
+        terms,
+        optimizer,
+        schedule,
+        batch_size=config.batch_size,
+        state=abstract_state(own, optimizer, terms, mesh, follows=follows),
+        beside=Beside(frozen, compared),
+        reference_scorer=reference_scorer if is_live else None,
+        follow=Follow(config.reference.ema.decay, config.reference.ema.every) if follows else None,
+        router_loss_coef=config.model.router_aux_loss_coef,
+    )
 
 
 def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None = None) -> Params:

@@ -46,31 +46,33 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 Axes = tuple[str | None, ...]
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices.
 
     Args:
         sizes: Devices on each axis of `AXES`; -1 on one of them takes the rest.
+        devices: Those to spread over; they need not be there: `jax.experimental.topologies` describes such as are not.
+            None: all that are visible.
 
     Raises:
-        UserError: If the axes do not multiply to the number of visible devices.
+        UserError: If the axes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     shape = {axis: int(sizes[axis]) for axis in AXES}
     known = math.prod(size for size in shape.values() if size != -1)
     free = [axis for axis, size in shape.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise UserError(f"mesh {shape}: sizes must be positive, and at most one of them -1.")
-    if free and devices % known == 0:
-        shape[free[0]] = devices // known
+    if free and count % known == 0:
+        shape[free[0]] = count // known
     needed = math.prod(shape.values())
-    if needed != devices:
+    if needed != count:
         least = "a multiple of " if free else ""
         raise UserError(
-            f"mesh {shape} needs {least}{known} devices but {devices} are visible; "
+            f"mesh {shape} needs {least}{known} devices but {count} are visible; "
             "set config.mesh or use -1 for one axis."
         )
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def row_multiple(mesh: Mesh) -> int:
@@ -191,6 +193,11 @@ def place(
 def abstract(shapes: Any, shardings: Any) -> Any:
     """What arrays of these shapes would be where the same tree of shardings puts them, without making them."""
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
+def homes(tree: Any) -> Any:
+    """Where every leaf of a tree lives, of arrays that there are or of abstract ones."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def constrain(mesh: Mesh, axes: Axes) -> Callable[[jax.Array], jax.Array]:

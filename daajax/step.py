@@ -43,31 +43,6 @@ class TrainState(NamedTuple):
     reference: Any = ()
 
 
-def state_shardings(
-    mesh: Any,
-    optimizer: optax.GradientTransformation,
-    shapes: Params,
-    shardings: Params,
-    terms: Sequence[Term],
-    *,
-    follows: bool = False,
-) -> TrainState:
-    """Where every part of a state lives.
-
-    Args:
-        mesh: The mesh.
-        optimizer: Whose state lives where its parameters do.
-        shapes: Of the parameters.
-        shardings: Of the parameters.
-        terms: The loss.
-        follows: Whether the state has a reference that follows the policy.
-    """
-    moments = sharding.optimizer_shardings(mesh, optimizer, shapes, shardings)
-    whole = sharding.replicated(mesh)
-    kept = jax.tree.map(lambda _: whole, initial_state(terms))
-    return TrainState(whole, shardings, moments, kept, shardings if follows else ())
-
-
 def init_state(
     params: Params,
     optimizer: optax.GradientTransformation,
@@ -108,18 +83,27 @@ def _counts_for_schedule(path: Any, value: Any) -> bool:
 
 
 def abstract_state(
-    shapes: Params, optimizer: optax.GradientTransformation, shardings: TrainState, terms: Sequence[Term]
+    params: Params, optimizer: optax.GradientTransformation, terms: Sequence[Term], mesh: Any, *, follows: bool = False
 ) -> TrainState:
-    """Shape, dtype and sharding of every leaf of a state, which is what a checkpoint is read into."""
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32),
-        shapes,
-        jax.eval_shape(optimizer.init, shapes),
-        jax.tree.map(lambda _: scalar, initial_state(terms)),
-        shapes if shardings.reference else (),
+    """Shape, dtype and sharding of every leaf of a state: what it is compiled for, and what a checkpoint is read into.
+
+    Args:
+        params: The policy's that are trained, abstract.
+        optimizer: Whose state lives where its parameters do.
+        terms: The loss.
+        mesh: The mesh.
+        follows: Whether the state has a reference that follows the policy.
+    """
+    whole = sharding.replicated(mesh)
+    moments = jax.eval_shape(optimizer.init, params)
+    where = sharding.optimizer_shardings(mesh, optimizer, params, sharding.homes(params))
+    return TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        params,
+        sharding.abstract(moments, where),
+        jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), initial_state(terms)),
+        params if follows else (),
     )
-    return sharding.abstract(state, shardings)
 
 
 def all_finite(params: Params) -> Array:
@@ -320,7 +304,8 @@ class Follow(NamedTuple):
 class Update:
     """The compiled update: `state, logged = update(state, batch, keys=…)`.
 
-    One `jax.jit` with explicit shardings; the state is donated. A batch of another shape compiles once more.
+    One `jax.jit` with explicit shardings; the state is donated. A batch of another shape compiles once more. What it
+    reads is known as abstract arrays, so that it can be compiled before there are any, for devices that are elsewhere.
 
     Args:
         scorer: Scores rows.
@@ -328,11 +313,9 @@ class Update:
         optimizer: Steps the parameters; its gradient clipping sees the gradient whose norm is logged.
         learning_rate: The schedule, for the log.
         batch_size: Examples an update.
-        state_shardings: Where the state lives.
-        batch_sharding: Where every array of a batch lives.
-        replicated: Where metrics live.
+        state: What it is, abstract.
+        beside: The parameters beside the state, abstract.
         reference_scorer: Scores rows under a reference whose model is there beside the policy's; None: none is.
-        beside_shardings: Where the parameters beside the state live.
         follow: How a reference that is part of the state follows the policy.
         router_loss_coef: What the loss that balances experts is added with.
     """
@@ -345,11 +328,9 @@ class Update:
         learning_rate: optax.Schedule,
         *,
         batch_size: int,
-        state_shardings: TrainState,
-        batch_sharding: Any,
-        replicated: Any,
+        state: TrainState,
+        beside: Beside = NOTHING,
         reference_scorer: Scorer | None = None,
-        beside_shardings: Beside = NOTHING,
         follow: Follow | None = None,
         router_loss_coef: float = 0.0,
     ):
@@ -380,23 +361,34 @@ class Update:
             }
             return TrainState(state.step + 1, params, moments, kept, moved), values
 
+        self.optimizer, self.state, self.beside = optimizer, state, beside
+        self._of_batch = sharding.sharding(scorer.mesh, ("micro_batches", "rows"))
+        homes = sharding.homes(state)
         self._jitted = jax.jit(
             update,
             static_argnums=3,
-            in_shardings=(state_shardings, batch_sharding, beside_shardings),
-            out_shardings=(state_shardings, replicated),
+            in_shardings=(homes, self._of_batch, sharding.homes(beside)),
+            out_shardings=(homes, sharding.replicated(scorer.mesh)),
             donate_argnums=0,
         )
         self._compiled = {}
 
-    def compile(
-        self, state: TrainState, batch: Mapping[str, Any], beside: Beside = NOTHING, *, keys: int
-    ) -> jax.stages.Compiled:
+    def lower(self, batch: Mapping[str, Any], *, keys: int) -> jax.stages.Lowered:
+        """The update as a program that is not compiled yet.
+
+        Args:
+            batch: What has the keys, shapes and dtypes of an update's.
+            keys: The plan's capacity for this batch's shape.
+        """
+        shaped = sharding.abstract(batch, dict.fromkeys(batch, self._of_batch))
+        return self._jitted.lower(self.state, shaped, self.beside, keys)
+
+    def compile(self, batch: Mapping[str, Any], *, keys: int) -> jax.stages.Compiled:
         """Compiles the update for this batch's shape; `__call__` does it by itself when it meets a new one.
 
-        Everything may be abstract: shapes, dtypes and shardings are enough.
+        Arguments are those of `lower`.
         """
-        compiled = self._jitted.lower(state, batch, beside, keys).compile()
+        compiled = self.lower(batch, keys=keys).compile()
         self._compiled[_shapes(batch), keys] = compiled
         return compiled
 
@@ -413,7 +405,7 @@ class Update:
         """
         key = (_shapes(batch), keys)
         if key not in self._compiled:
-            self.compile(state, batch, beside, keys=keys)
+            self.compile(batch, keys=keys)
         return self._compiled[key](state, batch, beside)
 
 

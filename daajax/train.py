@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from daajax import checkpoint, command, first_loss, folder, inputs, memory, metrics, run, sharding, step
-from daajax.config import Config, hyperparameters, losses, tokenizer_path
+from daajax.config import Config, losses, tokenizer_path
 from daajax.console import Progress, say
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
@@ -26,7 +26,6 @@ from daajax.models.architecture import describe_rope
 from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
 from daajax.models.parameters import parameter_count
-from daajax.optimizer import make_optimizer, make_schedule
 
 IN_FLIGHT = 2  # updates that may be queued on the device; more would only hold their batches in memory
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")  # beside the progress
@@ -71,24 +70,13 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if (done := max(saved.steps, default=0)) > plan.updates:
         raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
-    schedule = make_schedule(
-        learning_rate=config.optimizer.learning_rate,
-        schedule=config.optimizer.schedule,
-        warmup_steps=config.optimizer.warmup_steps,
-        updates=plan.updates,
-    )
-    optimizer = make_optimizer(
-        config.optimizer.name,
-        schedule,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        hyperparameters=hyperparameters(config),
-    )
     scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
     shapes, param_shardings = run.param_layout(scorer, mesh)
     adapters = scorer.model.lora
-    (own, fixed), (own_homes, fixed_homes) = (lora.split(tree, adapters) for tree in (shapes, param_shardings))
+    update = run.make_update(config, scorer, reference_scorer, terms, updates=plan.updates)
+    homes, fixed = sharding.homes(update.state), update.beside.frozen
     if not config.model.random_init:
         weights.check(config.model.path, architecture, lora.without(run.param_layout(run.dequantized(scorer), mesh)[0]))
     say(
@@ -96,39 +84,16 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"
     )
     if fixed:
-        say(f"lora: {sum(leaf.size for leaf in jax.tree.leaves(own)):,} parameters are trained, the others stay")
+        count = sum(leaf.size for leaf in jax.tree.leaves(update.state.params))
+        say(f"lora: {count:,} parameters are trained, the others stay")
     for line in [*describe_rope(architecture), *sharding.describe(shapes, param_shardings)]:
         say(f"model: {line}")
 
     # ------------------------------------------------------------------ the compiled update, before minutes are spent
-    homes = step.state_shardings(mesh, optimizer, own, own_homes, terms, follows=follows)
-    abstract = step.abstract_state(own, optimizer, homes, terms)
-    compared, compared_homes = {}, {}
-    if is_live and not follows:
-        layout = run.param_layout(reference_scorer, mesh)
-        compared, compared_homes = (run.reference_part(config, tree, adapters) for tree in layout)
-    beside_homes = step.Beside(fixed_homes, compared_homes)
-    batch_sharding = sharding.sharding(mesh, ("micro_batches", "rows"))
-    update = step.Update(
-        scorer,
-        terms,
-        optimizer,
-        schedule,
-        batch_size=plan.batch_size,
-        state_shardings=homes,
-        batch_sharding=batch_sharding,
-        replicated=sharding.replicated(mesh),
-        reference_scorer=reference_scorer if is_live else None,
-        beside_shardings=beside_homes,
-        follow=step.Follow(config.reference.ema.decay, config.reference.ema.every) if follows else None,
-        router_loss_coef=config.model.router_aux_loss_coef,
-    )
     began, largest = time.perf_counter(), plan.largest_update()
     unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in Needs.of(terms).of_reference}
     shaped = inputs.make_batches(config, data, plan, unknown, terms)[largest]
-    abstract_batch = sharding.abstract(shaped, dict.fromkeys(shaped, batch_sharding))
-    abstract_beside = sharding.abstract(step.Beside(fixed, compared), beside_homes)
-    compiled = update.compile(abstract, abstract_batch, abstract_beside, keys=plan.shape(largest).keys)
+    compiled = update.compile(shaped, keys=plan.shape(largest).keys)
     say(f"compiled the update in {time.perf_counter() - began:.1f} s")
     if fits := memory.check(compiled, "the update"):
         say(f"memory: {fits}")
@@ -163,14 +128,14 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     if resumes:
         del params  # before the others come
         forced = config.resume == "force"
-        fresh = functools.partial(step.init_state, optimizer=optimizer, shardings=homes, terms=terms)
-        done, state = saved.restore_latest(abstract, fresh if forced else None)
+        fresh = functools.partial(step.init_state, optimizer=update.optimizer, shardings=homes, terms=terms)
+        done, state = saved.restore_latest(update.state, fresh if forced else None)
         checkpoint.check_origin(saved.record(done), origin, forced=forced)
         say(f"resumed after update {done} of {plan.updates}")
     else:
         if found == "unfinished":
             say(f"{where} holds this run without a checkpoint: it begins again from update 1")
-        done, state = 0, step.init_state(params, optimizer, homes, terms)
+        done, state = 0, step.init_state(params, update.optimizer, homes, terms)
         del params  # donated with the state
     expected, why_not = None, first_loss.why_not_checked(config, reference, Needs.of(terms), done)
     if why_not:

@@ -61,6 +61,15 @@ def test_a_mesh_takes_all_devices_and_minus_one_the_rest(sizes, shape):
     assert sharding.row_multiple(mesh) == shape[0] * shape[1]
 
 
+def test_a_mesh_takes_the_devices_that_it_is_given():
+    some = jax.devices()[4:]
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 2}, some)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert set(mesh.devices.flat) == set(some)
+    with pytest.raises(UserError, match=r"needs 8 devices but 4 are visible"):
+        sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1}, some)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

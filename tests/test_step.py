@@ -288,22 +288,20 @@ def updating(name, learning_rate, *, max_grad_norm=None, param_dtype=jnp.float32
     )
     # A copy: the state is donated.
     params = jax.tree.map(lambda x: jnp.array(x, param_dtype, copy=True), placed_params(*sizes))
-    where = jax.tree.map(lambda x: x.sharding, placed_params(*sizes))
+    where = sharding.homes(placed_params(*sizes))
     params = jax.device_put(params, where)
     schedule = make_schedule(learning_rate=learning_rate, schedule="linear", warmup_steps=0, updates=10)
     optimizer = make_optimizer(name, schedule, max_grad_norm=max_grad_norm, hyperparameters={})
     terms = LOSS_TERMS["dpo and sft"]
-    homes = step.state_shardings(mesh, optimizer, params, where, terms)
-    state = step.init_state(params, optimizer, homes, terms)
+    abstract = step.abstract_state(sharding.abstract(params, where), optimizer, terms, mesh)
+    state = step.init_state(params, optimizer, sharding.homes(abstract), terms)
     update = step.Update(
         scorer,
         terms,
         optimizer,
         schedule,
         batch_size=BATCH_SIZE,
-        state_shardings=homes,
-        batch_sharding=sharding.sharding(mesh, ("micro_batches", "rows")),
-        replicated=sharding.replicated(mesh),
+        state=abstract,
     )
     return update, state
 
