@@ -83,7 +83,10 @@ def get_config() -> Any:
 
     # low-rank adapters: only they are trained; the base stays as it is
     config.lora = config_dict.ConfigDict()
-    config.lora.rank = 0  # 0: off, all parameters are trained
+    config.lora.rank = 0  # 0: off, all parameters are trained, unless a path is given
+    # an adapter that PEFT saved, named as model.path is, to go on with; its rank, alpha, targets, rslora and
+    # modules_to_save are taken
+    config.lora.path = optional_text()
     config.lora.alpha = 16.0  # adapters are weighed with alpha / rank
     # projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear
     config.lora.targets = ("all-linear",)
@@ -128,8 +131,8 @@ def get_config() -> Any:
     config.extra_losses = ()  # further ones to add: ({'name': 'sft', 'weight': 0.2},)
 
     config.reference = config_dict.ConfigDict()
-    # snapshot: the initial policy; path: another model; adapter_off: the policy's base, without its adapters; ema: a
-    # copy that follows the policy (TR-DPO), under adapters theirs; none: the loss reads no reference
+    # snapshot: the initial policy, with lora.path's adapter; path: another model; adapter_off: the base without any
+    # adapter; ema: a copy of what is trained that follows it (TR-DPO); none: the loss reads no reference
     config.reference.mode = "snapshot"
     config.reference.path = optional_text()  # model for mode path, named as model.path
     # keep its model in memory beside the policy and score with it, in place of the cache; objectives that read whole

@@ -307,11 +307,21 @@ def hyperparameters(config: Config) -> dict[str, float | None]:
     return {name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay")}
 
 
+def has_adapters(config: Config) -> bool:
+    """Whether it is adapters that a run trains."""
+    return config.lora.rank > 0 or config.lora.path is not None
+
+
 def _check_lora(config: Config) -> None:
     found, known = config.lora.to_dict(), base.get_config().lora.to_dict()
     changed = [name for name, value in found.items() if value != known[name]]
-    if changed and not found["rank"]:
+    if changed and not has_adapters(config):
         raise UserError(f"config.lora.{changed[0]} is set but config.lora.rank is 0: give adapters a rank.")
+    if found["path"] is not None and (own := [name for name in changed if name not in ("path", "quantization")]):
+        raise UserError(
+            f"config.lora.{own[0]} is set but config.lora.path={found['path']} is an adapter that has its own; "
+            "leave one of the two out."
+        )
     if not found["targets"]:
         raise UserError("config.lora.targets is empty; name projections, or ('all-linear',) for all of them.")
     for name in ("targets", "modules_to_save"):
@@ -321,7 +331,7 @@ def _check_lora(config: Config) -> None:
 
 def _check_reference(config: Config) -> None:
     reference = config.reference
-    if reference.mode == "adapter_off" and not config.lora.rank:
+    if reference.mode == "adapter_off" and not has_adapters(config):
         raise UserError("config.reference.mode='adapter_off' but config.lora.rank is 0: there is no adapter.")
     if (reference.mode == "path") != (reference.path is not None):
         raise UserError(

@@ -44,7 +44,7 @@ def why_not_checked(config: Config, reference: Reference | None, needs: Needs, u
     if unknown := sorted(set(needs.statistics) - set(_AT_REFERENCE)):
         return f"the loss reads {unknown[0]} of the policy, which is not kept of the reference"
     if not reference.is_initial_policy:
-        return f"the reference {config.reference.path} is not the initial policy"
+        return f"the reference, {config.reference.path or config.model.path}, is not the initial policy"
     return ""
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from daajax import checkpoint, command, folder, output, prompts, run, sampling, sharding
-from daajax.config import DTYPES, resolve, restored, tokenizer_path
+from daajax.config import DTYPES, has_adapters, resolve, restored, tokenizer_path
 from daajax.console import say
 from daajax.data.rows import Example
 from daajax.data.tokenizer import check_vocabulary, load_tokenizer
@@ -186,7 +186,7 @@ def model_of_run(options: Options) -> Model:
     config = resolve(restored(folder.read_config(workdir)))
     saved = checkpoint.Checkpoints(workdir)
     step = saved.choose(options.step)
-    config, _ = run.fetch_models(config, folder.read_revisions(workdir), with_weights=step == 0 or config.lora.rank > 0)
+    config, _ = run.fetch_models(config, folder.read_revisions(workdir), with_weights=step == 0 or has_adapters(config))
     return Model(
         f"{workdir} after update {step}",
         config.model.path,

@@ -15,13 +15,13 @@ from jaxtyping import Float
 
 from daajax import inputs, reference, sharding
 from daajax.checkpoint import Checkpoints, Record
-from daajax.config import Config, hyperparameters
+from daajax.config import Config, has_adapters, hyperparameters
 from daajax.console import say
 from daajax.data.packing import Plan
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
 from daajax.losses.terms import Needs, Term, initial_state
-from daajax.models import decoder, directory, lora, weights
+from daajax.models import decoder, directory, lora, peft, weights
 from daajax.models.architecture import Architecture
 from daajax.models.decoder import Params
 from daajax.models.digest import digest_of
@@ -52,7 +52,8 @@ def fetch_models(
     """
     local: Config = config.copy_and_resolve_references()
     found: dict[str, str] = {}
-    for group, needs_weights in (("model", not config.model.random_init), ("reference", True), ("tokenizer", False)):
+    needing = {"model": not config.model.random_init, "lora": True, "reference": True, "tokenizer": False}
+    for group, needs_weights in needing.items():
         if (address := config[group].path) is not None:
             known = found.get(address) or (revisions or {}).get(address, "")
             fetched = directory.fetch(
@@ -68,11 +69,14 @@ def lora_of(config: Config, architecture: Architecture) -> Lora | None:
     """What of the model a config trains, if that is not all of it.
 
     Raises:
-        UserError: If the model has no such projections or parameters.
+        UserError: If the model has no such projections or parameters, or the adapter to go on with is of another one.
     """
     options = config.lora
-    if not options.rank:
+    if not has_adapters(config):
         return None
+    kept = {"dtype": config.model.dtype, "quantization": options.quantization}
+    if options.path is not None:
+        return dataclasses.replace(peft.read(options.path, architecture), **kept)
     targets = lora.targets_of(architecture, options.targets)
     names = [*outer_parameters(architecture), *layer_parameters(architecture)]
     there = [name for name in names if name not in targets and not name.endswith("_bias")]
@@ -81,15 +85,9 @@ def lora_of(config: Config, architecture: Architecture) -> Lora | None:
             f"lora.modules_to_save has {unknown[0]!r}; what can be trained whole beside adapters of "
             f"{', '.join(targets)}: {', '.join(there)}."
         )
-    return Lora(
-        options.rank,
-        options.alpha,
-        targets,
-        options.rslora,
-        whole=tuple(options.modules_to_save),
-        dtype=config.model.dtype,
-        quantization=options.quantization,
-    )
+    found = Lora(options.rank, options.alpha, targets, options.rslora, tuple(options.modules_to_save), **kept)
+    peft.check(architecture, found)
+    return found
 
 
 def make_scorer(config: Config, architecture: Architecture, mesh: Any, *, adapters: Lora | None = None) -> Scorer:
@@ -220,23 +218,39 @@ def load_base(config: Config, scorer: Scorer, mesh: Any) -> Params:
 
 
 def load_initial_params(config: Config, scorer: Scorer, mesh: Any) -> Params:
-    """The parameters that training starts from: of model.path, or drawn from the seed as adapters are."""
-    params = load_base(config, scorer, mesh)
-    if scorer.model.lora is None:
+    """The parameters that training starts from: of model.path or drawn from the seed, and so the adapters."""
+    params, adapters = load_base(config, scorer, mesh), scorer.model.lora
+    if adapters is None:
         return params
+    if config.lora.path is not None:
+        layout = param_layout(scorer, mesh)
+        return lora.joined(peft.load(config.lora.path, scorer.model.architecture, adapters, *layout), params)
     homes = param_layout(scorer, mesh)[1][lora.COLLECTION]
     draw = jax.jit(lambda key: decoder.init_params(scorer.model, key)[lora.COLLECTION], out_shardings=homes)
     return {**params, lora.COLLECTION: draw(jax.random.key(config.seed))}
 
 
-def at_start(params: Params) -> Params:
-    """What scores as the policy does before the first update: fresh adapters change nothing."""
-    return lora.without(params)
+def at_start(config: Config, params: Params) -> Params:
+    """Of the parameters that training starts from, those that tell how it scores: fresh adapters change nothing."""
+    return params if config.lora.path is not None else lora.without(params)
+
+
+def digest_at_start(config: Config, params: Params, scorer: Scorer) -> str:
+    """What the parameters that training starts from are, in a few characters."""
+    return _digest(at_start(config, params), scorer)
+
+
+def _digest(params: Params, scorer: Scorer) -> str:
+    adapters = scorer.model.lora
+    return digest_of(params, adapters.scale if adapters is not None and lora.COLLECTION in params else None)
 
 
 def reference_part(config: Config, params: Params, adapters: Lora | None) -> Params:
     """Of a live reference's parameters, or of anything in their place, those that are not frozen ones of the policy."""
-    return params if config.reference.mode == "path" else at_start(lora.split(params, adapters)[0])
+    if config.reference.mode == "path":
+        return params
+    own, _ = lora.split(params, adapters)
+    return lora.without(own) if config.reference.mode == "adapter_off" else at_start(config, own)
 
 
 def merged(config: Config, params: Params, scorer: Scorer, mesh: Any) -> Params:
@@ -302,7 +316,7 @@ def state_at(
     adapters, trained, frozen = scorer.model.lora, {}, {}
     if initial is None and (step == 0 or adapters is not None):
         initial = load_initial_params(config, scorer, mesh)
-        origin = Record(data="", model=digest_of(at_start(initial)))
+        origin = Record(data="", model=digest_at_start(config, initial, scorer))
         saved.check_origin(step, origin, forced=config.resume == "force")
     if initial is not None:
         trained, frozen = lora.split(initial, adapters)
@@ -385,17 +399,22 @@ def load_reference(
         terms: The loss.
         mesh: The mesh.
     """
-    params = at_start(params)
-    policy = digest = digest_of(params)
-    what, architecture = config.model.path, reference_scorer.model.architecture
+    adapters, architecture = scorer.model.lora, reference_scorer.model.architecture
+    params = at_start(config, params)
+    policy = _digest(params, scorer)
+    what = config.lora.path or config.model.path
     if config.reference.mode == "path":
         what = config.reference.path
         params = load_params(what, reference_scorer, mesh)
-        digest = digest_of(params)
+    elif config.reference.mode == "adapter_off":
+        what, params = config.model.path, lora.without(params)
+        if config.lora.path is not None and adapters is not None and adapters.whole:
+            params = load_base(config, scorer, mesh)  # the adapter brought parts of its own
+    digest = _digest(params, reference_scorer)
     same = digest == policy and architecture == scorer.model.architecture
     if why := why_live(config, terms):
         say(f"reference: {what} ({digest[:12]}) stays in memory beside the policy: {why}")
-        return Reference([{} for _ in sets], policy, digest, same, reference_part(config, params, scorer.model.lora))
+        return Reference([{} for _ in sets], policy, digest, same, reference_part(config, params, adapters))
     names = Needs.of(terms).of_reference
     cache = reference.Cache(
         config.reference.cache_dir,

@@ -21,9 +21,8 @@ from daajax.console import Progress, say
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
 from daajax.losses.terms import Needs, bind
-from daajax.models import lora, weights
+from daajax.models import lora, peft, weights
 from daajax.models.architecture import describe_rope
-from daajax.models.digest import digest_of
 from daajax.models.families import read_architecture
 from daajax.models.parameters import parameter_count
 
@@ -58,6 +57,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     architecture = read_architecture(config.model.path, length=config.max_length)
     if config.reference.path is not None:  # before minutes are spent on the data
         read_architecture(config.reference.path, "reference.path", length=config.max_length)
+    adapters = run.lora_of(config, architecture)
     if config.model.router_aux_loss_coef and architecture.experts is None:
         raise UserError(
             f"config.model.router_aux_loss_coef={config.model.router_aux_loss_coef} but {config.model.path} has no "
@@ -70,11 +70,10 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if (done := max(saved.steps, default=0)) > plan.updates:
         raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
-    scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
+    scorer = run.make_scorer(config, architecture, mesh, adapters=adapters)
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
     shapes, param_shardings = run.param_layout(scorer, mesh)
-    adapters = scorer.model.lora
     update = run.make_update(config, scorer, reference_scorer, terms, updates=plan.updates)
     homes, fixed = sharding.homes(update.state), update.beside.frozen
     if not config.model.random_init:
@@ -122,7 +121,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
     elif fixed:
-        origin = dataclasses.replace(origin, model=digest_of(run.at_start(params)))
+        origin = dataclasses.replace(origin, model=run.digest_at_start(config, params, scorer))
     params, frozen = lora.split(params, adapters)
     beside = step.Beside(frozen, live)
     if resumes:
@@ -211,6 +210,15 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             model_path=config.model.path,
             tokenizer_path=tokenizer_path(config),
         )
+        if adapters is not None:
+            peft.save(
+                str(where / "adapter"),
+                state.params,
+                architecture,
+                adapters,
+                base=asked.model.path,
+                tokenizer_path=tokenizer_path(config),
+            )
         if not is_saved:
             raise UserError(
                 f"the model is in {where / 'model'}, but the last checkpoint could not be saved; make room, then start "
@@ -225,7 +233,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             f"the best checkpoint by {config.checkpoint.best} is that of update {best}: "
             f"python -m daajax.export --workdir={where} --step={best}"
         )
-    say(f"the model is in {where / 'model'}, the metrics in {where / 'metrics.jsonl'}")
+    adapter = f", its adapter in {where / 'adapter'}" if adapters is not None else ""
+    say(f"the model is in {where / 'model'}{adapter}, the metrics in {where / 'metrics.jsonl'}")
 
 
 def _evaluated(evaluation: Evaluation, state: step.TrainState, beside: step.Beside, updates: int) -> dict[str, float]:

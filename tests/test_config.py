@@ -149,6 +149,7 @@ BASES = {  # what the changed config is compared with, where it is not the world
     "seed": ["data.shuffle=True"],
 }
 ELSEWHERE = {  # option: the test, here or beside, that changes it
+    "lora.path": "test_lora: a run goes on with an adapter which is its reference",
     "check_first_loss": "test_train: the check can be turned off",
     "checkpoint.best": "test_checkpoint: the best one is kept besides the latest",
     "checkpoint.every": "test_resume: checkpoints come every so often and of the last update",

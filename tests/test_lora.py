@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from daajax import generate
 from daajax.errors import UserError
@@ -16,7 +18,7 @@ from daajax.models import decoder, lora
 from daajax.models.families import architecture_of
 from daajax.models.quantization import FORMATS
 from daajax.ops import attention
-from tests import worlds
+from tests import stores, worlds
 from tests.models.test_decoder import rows
 from tests.oracle import make_values as oracle
 
@@ -214,6 +216,93 @@ def test_a_quantized_base_is_its_own_reference_and_comes_out_as_it_was_computed_
         assert melted[0][name] == pytest.approx(own[name], rel=1e-4), name
 
 
+WHOLE = "--config.lora.modules_to_save=('norm',)"
+
+
+@pytest.fixture(scope="module")
+def trained(world, flags):
+    """A run that also trains a part whole; its adapter is what another run goes on with."""
+    folder = world.folder / "trained"
+    few = ["--config.lora.targets=('q_proj','down_proj')", "--config.lora.rslora=True"]
+    return folder, worlds.train(folder, *flags, WHOLE, *few, "--config.checkpoint.every=2")
+
+
+def test_the_adapter_comes_out_as_peft_stores_it_at_any_update(world, trained, tmp_path):
+    folder, _ = trained
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 16, True)
+    assert (config["target_modules"], config["modules_to_save"]) == (["down_proj", "q_proj"], ["model.norm"])
+    assert config["base_model_name_or_path"] == str(world.model)
+    worlds.at(export, folder, "--form=adapter", f"--output={tmp_path / '5'}")
+    again, adapter = (
+        safetensors.numpy.load_file(where / "adapter_model.safetensors")
+        for where in (tmp_path / "5", folder / "adapter")
+    )
+    assert not moved(again, adapter)
+    worlds.at(export, folder, "--form=adapter", "--step=0", f"--output={tmp_path / '0'}")
+    stored = safetensors.numpy.load_file(tmp_path / "0" / "adapter_model.safetensors")
+    assert all(not value.any() for name, value in stored.items() if "lora_B" in name)
+    melted, base = worlds.load_tensors(folder / "model"), worlds.load_tensors(world.model)
+    for name, weight in base.items():
+        a, b = (adapter.get(f"base_model.model.{name[:-7]}.lora_{side}.weight") for side in "AB")
+        added = weight if a is None else weight + 16 / 4**0.5 * b @ a
+        np.testing.assert_allclose(melted[name], adapter.get(f"base_model.model.{name}", added), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["reference.live=True", "mesh.fsdp=2", "micro_batches=2"],
+        ["lora.quantization=int8"],
+        ["reference.mode=ema", "reference.ema.every=1", "reference.ema.decay=0.0"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_goes_on_with_an_adapter_which_is_its_reference(world, trained, tmp_path, changes):
+    start = [f"--config.lora.path={trained[0] / 'adapter'}", "--config.optimizer.learning_rate=1e-2"]
+    devices = 2 if "mesh.fsdp=2" in changes else 1
+    found = worlds.train(tmp_path, *world.flags, *start, *(f"--config.{change}" for change in changes), devices=devices)
+    assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert found[0]["log_ratios/largest"] < 1e-3
+    before, base, after = (worlds.load_tensors(folder / "model") for folder in (trained[0], world.folder, tmp_path))
+    targets = {name for name in before if "q_proj" in name or "down_proj" in name or name == "model.norm.weight"}
+    assert moved(before, after) >= targets
+    if "lora.quantization=int8" not in changes:
+        assert moved(before, after) == moved(base, after) == targets
+
+
+def test_the_base_is_the_reference_of_an_adapter_if_asked_for(world, trained, tmp_path, capsys):
+    start = [f"--config.lora.path={trained[0] / 'adapter'}", "--config.steps=1", "--config.reference.mode=adapter_off"]
+    cached = worlds.train(tmp_path / "cached", *world.flags, *start)
+    assert f"the reference, {world.model}, is not the initial policy" in capsys.readouterr().out
+    live = worlds.train(tmp_path / "live", *world.flags, *start, "--config.reference.live=True")
+    # The same two models as directories: the policy's is the melted one.
+    two = [f"--config.model.path={trained[0] / 'model'}", f"--config.reference.path={world.model}"]
+    whole = worlds.train(tmp_path / "whole", *world.flags, *two, "--config.reference.mode=path", "--config.steps=1")
+    assert abs(whole[0]["rewards/margins"]) > 1e-3
+    for found in (cached, live):
+        for name in ("loss", "rewards/margins", "logps/chosen"):
+            assert found[0][name] == pytest.approx(whole[0][name], rel=1e-4, abs=1e-5), name
+
+
+def test_a_run_that_went_on_with_an_adapter_is_resumed_and_evaluated(world, trained, tmp_path):
+    adapter = shutil.copytree(trained[0] / "adapter", tmp_path / "adapter")
+    start = [f"--config.lora.path={adapter}", "--config.optimizer.schedule=constant", "--config.checkpoint.every=2"]
+    whole = worlds.train(tmp_path / "whole", *world.flags, *start, "--config.steps=4")
+    worlds.train(tmp_path / "parts", *world.flags, *start, "--config.steps=2")
+    parts = worlds.train(tmp_path / "parts", *world.flags, *start, "--config.steps=4")
+    assert parts[-1]["loss"] == whole[-1]["loss"]
+    assert stores.files_of(tmp_path / "parts" / "model") == stores.files_of(tmp_path / "whole" / "model")
+    worlds.at(evaluate, tmp_path / "parts", f"--config.eval_data.path={world.data}", "--step=0")
+    (line,) = (tmp_path / "parts" / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["eval/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))  # another scale, another model
+    with pytest.raises(UserError, match="the weights of the model changed since the checkpoint"):
+        worlds.at(evaluate, tmp_path / "parts", f"--config.eval_data.path={world.data}")
+
+
 def test_checkpoints_are_exported_melted(world, plain, tmp_path):
     folder, _ = plain
     for step in (0, 5):
@@ -256,6 +345,8 @@ def test_what_is_sampled_of_a_checkpoint_is_what_its_melted_model_writes(plain, 
         (["lora.quantization=int8"], "config.lora.quantization is set but config.lora.rank is 0"),
         (["lora.rank=4", "lora.quantization=int4"], "config.lora.quantization='int4' is unknown; there are None, int8"),
         (["lora.rank=4", "lora.quantization=nf4"], "nf4 cuts a weight's inputs into blocks of 64"),
+        (["lora.path=/nowhere"], "/nowhere"),
+        (["lora.rank=4", "lora.path=/nowhere"], "config.lora.rank is set but config.lora.path=/nowhere is an adapter"),
         (["lora.rank=-1"], "config.lora.rank=-1 must be at least 0"),
         (["reference.mode=adapter_off"], "config.reference.mode='adapter_off' but config.lora.rank is 0"),
     ],

@@ -381,7 +381,7 @@ def test_another_model_is_a_reference_whose_weights_are_gone_before_training(wor
     assert spied["after"] - spied["before"] < size / 100
     assert abs(history[0]["loss"] - np.log(2)) > 1e-3
     assert history[0]["log_ratios/largest"] > 0.1
-    assert f"first loss: not checked, the reference {other} is not the initial policy" in capsys.readouterr().out
+    assert f"first loss: not checked, the reference, {other}, is not the initial policy" in capsys.readouterr().out
 
 
 def test_a_copy_of_the_policy_is_recognised_and_checked(world, tmp_path, capsys, scored):

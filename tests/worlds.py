@@ -192,6 +192,8 @@ def at(main: Callable[..., None], workdir: pathlib.Path | str, *arguments: str, 
     from daajax import command
 
     line, options = [main.__name__, f"--workdir={workdir}", *arguments], {"step": int, "output": str}
+    if main.__name__ == "export":
+        options["form"] = str
     with visible(devices):
         config, where, values = command.parse_at(line, main.__name__, options)
         main(config, where, **values)

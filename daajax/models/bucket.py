@@ -17,10 +17,9 @@ import tensorstore
 
 from daajax import output
 from daajax.console import Progress, say
-from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError, one_line
 from daajax.models.tensor_files import SECOND_COPY, STORED
-from daajax.models.weights import COMPANIONS
+from daajax.models.weights import SMALL
 
 CACHE = pathlib.Path("~/.cache/daajax/models")
 _PART_BYTES = 32 << 20  # read at once
@@ -76,7 +75,7 @@ def _copy_of(home: pathlib.Path, revision: str, with_weights: bool) -> str:
 def _generations(store: tensorstore.KvStore) -> dict[str, str]:
     """The files of a model, by name, each with what changes when it is written again."""
     names = sorted(key.decode(errors="replace") for key in store.list().result())
-    names = [name for name in names if _is_among(name, (*STORED, *COMPANIONS, *TOKENIZER_FILES))]
+    names = [name for name in names if _is_among(name, (*STORED, *SMALL))]
     if not names:
         raise _UnusableError(f"holds no model that you may list: check the name, or {_LOG_IN}")
     reads = {name: store.read(name, byte_range=slice(0, 0)) for name in names}

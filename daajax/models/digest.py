@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 
 
-def digest_of(params: Mapping[str, Any]) -> str:
+def digest_of(params: Mapping[str, Any], scale: float | None = None) -> str:
     """What the weights are, whatever files, shards, mesh or dtype they are in: equal digests mean equal values.
 
     Every element's bits, those of a float in float32, are mixed with its position and summed modulo 2³², twice with
     different constants; such sums are the same in any order, so each device sums what it has.
+
+    Args:
+        params: The weights, adapters among them if there are any.
+        scale: What adapters are weighed with.
     """
     flat: Any = traverse.flatten_dict(params, sep="/")
-    hashed = hashlib.sha256()
+    hashed = hashlib.sha256(b"" if scale is None else f"scale {scale!r};".encode())
     for name, sums in sorted(digests_of(flat).items()):
         hashed.update(f"{name}:{flat[name].shape}:{sums};".encode())
     return hashed.hexdigest()

@@ -2,10 +2,9 @@
 
 import re
 
-from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError, one_line
 from daajax.models.tensor_files import SECOND_COPY, STORED
-from daajax.models.weights import COMPANIONS
+from daajax.models.weights import SMALL
 
 _ADDRESS = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?", re.ASCII)
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
@@ -19,7 +18,7 @@ def fetch(address: str, option: str, *, with_weights: bool, revision: str) -> tu
     repository, wanted = parsed[1], revision or parsed[2]
     import huggingface_hub  # half a second, which local directories need not pay
 
-    names = [*(STORED if with_weights else ()), *COMPANIONS, *TOKENIZER_FILES]
+    names = [*(STORED if with_weights else ()), *SMALL]
     flat = [name for name in names if "/" not in name]
     try:
         commit = huggingface_hub.HfApi().resolve_revision(repository, revision=wanted).resolved

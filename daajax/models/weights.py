@@ -34,6 +34,7 @@ Flat = dict[str, Any]  # the leaves of Params by path
 _SHARD_BYTES = 5_000_000_000
 # What a model directory holds besides weights and what makes it loadable elsewhere; carried along.
 COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+SMALL = (*COMPANIONS, *TOKENIZER_FILES, "adapter_config.json")  # what is read of a directory besides weights
 
 
 def load(
