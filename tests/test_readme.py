@@ -70,7 +70,7 @@ def ran(tmp_path_factory):
     """Every command of ours, once, in the README's order and in a folder that holds what they name, but small."""
     home = tmp_path_factory.mktemp("home")
     (home / "configs").symlink_to(worlds.ROOT / "configs")
-    worlds.make_model(home / "models" / "Llama-3.2-1B-Instruct")
+    worlds.make_model(home / "models" / "Llama-3.2-1B-Instruct", hidden_size=64, intermediate_size=128)
     rows = worlds.pairs(16)
     worlds.write_rows(home / "pairs.jsonl", rows[:12])
     worlds.write_rows(home / "held_out.jsonl", rows[12:])
@@ -96,11 +96,13 @@ def test_every_command_of_ours_runs(ran, words):
     workdir = home / flags.get("workdir", f"runs/{re.sub('.*/|[.]py', '', flags.get('config', '')).replace(':', '-')}")
     if module == "train":
         assert (workdir / "model" / "model.safetensors").is_file()
+        adapts = any(flag.startswith("config.lora.") for flag in flags)
+        assert (workdir / "adapter" / "adapter_model.safetensors").is_file() == adapts
         assert len(worlds.read_metrics(workdir)) == 2
     if module == "evaluate":
         assert f"added to {flags['workdir']}/evaluations.jsonl" in result.stdout
     if module == "export":
-        assert (home / flags["output"] / "model.safetensors").is_file()
+        assert (home / flags["output"] / f"{flags.get('form', '')}_model.safetensors".strip("_")).is_file()
     if module == "generate":
         texts = [word.removeprefix("--prompt=") for word in arguments if word.startswith("--prompt=")]
         for text in texts:
