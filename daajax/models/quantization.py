@@ -43,8 +43,8 @@ class Format:
 
     Attributes:
         parts: From its shape and logical axes, the arrays that stand for it, by name; a UserError if it has no such.
-        quantize: Makes them, of float32 values, whatever the dtype of the weight.
-        dequantize: From them, the weight in a dtype: products of float32 numbers, rounded once.
+        quantize: Makes them of a weight of any float dtype, in float32.
+        dequantize: From them, the weight that they stand for: products of float32 numbers, rounded to a dtype.
     """
 
     parts: Callable[[Sequence[int], Sequence[str | None]], dict[str, Part]]
@@ -110,7 +110,7 @@ def quantize_int8(weight: Float[Array, "*leading inputs outputs"]) -> Parts:
     """
     weight = weight.astype(jnp.float32)
     absmax = jnp.abs(weight).max(axis=-2, keepdims=True)
-    codes = jnp.rint(weight * (127 / _nonzero(absmax))).astype(jnp.int8)
+    codes = jnp.rint(weight * (127 * (1 / _nonzero(absmax)))).astype(jnp.int8)
     return {"codes": codes, "scales": absmax[..., 0, :] / 127}
 
 
@@ -155,7 +155,7 @@ DECADES = [(2**i, 9 - 16 * 2**i, 10.0 ** (i - 7) / 2 ** (i + 1)) for i in range(
 def dynamic(codes: Any, xp: Any = jnp) -> Any:
     """The numbers between -1 and 1 that codes of scales stand for, float32, in NumPy or JAX.
 
-    Selects and one rounded product, as a gather takes a TPU a hundred times as long.
+    Selects and one rounded product: a gather would cost a TPU more than all else that reading a weight takes.
 
     References:
         Section 1.3 of Dettmers et al. 2022, https://arxiv.org/abs/2110.02861
@@ -204,10 +204,11 @@ def quantize_nf4(weight: Float[Array, "*leading inputs outputs"]) -> Parts:
         Section 3 of Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
     """
     *leading, inputs, outputs = weight.shape
-    blocks = weight.astype(jnp.float32).reshape(*leading, inputs // BLOCK, BLOCK, outputs)
-    absmax = jnp.abs(blocks).max(axis=-2)
-    codes = _nearest(blocks * (1 / _nonzero(absmax))[..., None, :], NF4)
-    high, low = jnp.split(codes, 2, axis=-2)
+    blocks = weight.reshape(*leading, inputs // BLOCK, BLOCK, outputs)
+    absmax = jnp.abs(blocks).max(axis=-2).astype(jnp.float32)
+    # The barrier keeps XLA from a float32 copy of what is the same for all numbers of a block.
+    inverse = jax.lax.optimization_barrier(1 / _nonzero(absmax))[..., None, :]
+    high, low = (_nearest(half.astype(jnp.float32) * inverse, NF4) for half in jnp.split(blocks, 2, axis=-2))
 
     scales = jnp.swapaxes(absmax, -1, -2).reshape(*leading, -1)  # groups run over the blocks of output after output
     mean = _mean(scales)
@@ -230,15 +231,20 @@ def dequantize_nf4(parts: Parts, dtype: jax.typing.DTypeLike) -> Float[Array, "*
     *leading, blocks, outputs = parts["scale_codes"].shape
     groups = jnp.repeat(parts["group_scales"], GROUP, axis=-1)[..., : blocks * outputs]
     groups = jnp.swapaxes(groups.reshape(*leading, outputs, blocks), -1, -2)
-    # The barriers keep XLA from decoding the scale again for each of its weights, and from a float32 copy of all
-    # scales spread over their inputs; and a product stays apart from its sum, so that all devices round alike.
-    scales = jax.lax.optimization_barrier(dynamic(parts["scale_codes"]) * groups)
-    scales = scales + jnp.expand_dims(parts["mean_scale"], (-1, -2))
+    scales = _rounded(dynamic(parts["scale_codes"]) * groups) + jnp.expand_dims(parts["mean_scale"], (-1, -2))
+    # The barriers keep XLA from decoding a scale again for each of its weights, and from a float32 copy of scales
+    # spread over their inputs.
+    scales = jax.lax.optimization_barrier(scales)
     pairs = parts["codes"].reshape(*leading, blocks, 1, BLOCK // 2, outputs)
     halves = jnp.array([4, 0], jnp.uint8)[:, None, None]
     codes = pairs >> jnp.expand_dims(halves, range(len(leading) + 1)) & 15
     weight = (_pick(codes, NF4) * jnp.expand_dims(scales, (-2, -3))).astype(dtype)
     return jax.lax.optimization_barrier(weight).reshape(*leading, blocks * BLOCK, outputs)
+
+
+def _rounded(product: Array) -> Array:
+    """A product as it is, but no operand of a fused multiply-add, which the program of one mesh has, another's not."""
+    return jnp.maximum(product, np.finfo(np.float32).min)
 
 
 def _nonzero(absmax: Array) -> Array:
@@ -247,9 +253,9 @@ def _nonzero(absmax: Array) -> Array:
 
 
 def _nearest(values: Array, table: np.ndarray) -> Array:
-    """Which number of an ascending table is nearest; the lower one where two are."""
+    """The place of the nearest number in an ascending table; the lower one where two are."""
     bounds = (table[:-1] + table[1:]) / 2
-    return jnp.searchsorted(bounds, values, method="compare_all").astype(jnp.uint8)
+    return sum(((values > bound).astype(jnp.uint8) for bound in bounds), start=jnp.zeros(values.shape, jnp.uint8))
 
 
 def _pick(codes: Array, table: np.ndarray) -> Array:
@@ -269,7 +275,7 @@ def _mean(values: Float[Array, "*leading count"]) -> Float[Array, "*leading"]:
     while sums.shape[-1] > 1:
         first, second = jnp.split(sums, 2, axis=-1)
         sums = first + second
-    return sums[..., 0] / count
+    return _rounded(sums[..., 0] / count)  # XLA divides by a constant as it multiplies
 
 
 FORMATS = {
