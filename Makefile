@@ -6,7 +6,7 @@ VENV ?= .venv
 # Test processes (0: in this one), and more arguments for pytest: make test ARGS="tests/losses -x".
 WORKERS ?= 2
 ARGS ?=
-# 1: test-slow installs torch first, so that tests marked `oracle` run.
+# 1: test-slow installs torch and bitsandbytes first, so that tests marked `oracle` run.
 ORACLE ?= 0
 
 # Huge pages for large arrays: a third off a CPU step. glibc reads this before Python starts.
@@ -54,7 +54,7 @@ $(ready): $(lock) pyproject.toml
 demo: $(ready) ## align a small model and see what came of it: three minutes on two CPU cores, no network
 	@$(python) -m demo
 
-setup-oracle: $(oracle) ## torch into it, which tests marked `oracle` compare with (Python 3.11)
+setup-oracle: $(oracle) ## torch and bitsandbytes into it, which tests marked `oracle` compare with (Python 3.11)
 	@echo "$(VENV) has the oracle"
 
 $(oracle): requirements/oracle.txt $(ready)
@@ -65,7 +65,7 @@ $(oracle): requirements/oracle.txt $(ready)
 test: $(ready) ## the tests that take less than 10 s each, on 8 CPU devices
 	$(pytest) -m "not slow and not oracle" $(ARGS)
 
-test-slow: $(if $(filter 1,$(ORACLE)),$(oracle),$(ready)) ## the others; ORACLE=1 installs torch for those that need it
+test-slow: $(if $(filter 1,$(ORACLE)),$(oracle),$(ready)) ## the others; ORACLE=1 installs what some of them compare with
 	$(pytest) -m "slow or oracle" $(ARGS)
 
 check: $(ready) ## format, lint, types, shell scripts
