@@ -6,7 +6,7 @@ VENV ?= .venv
 # Test processes (0: in this one), and more arguments for pytest: make test ARGS="tests/losses -x".
 WORKERS ?= 2
 ARGS ?=
-# 1: test-slow installs torch and bitsandbytes first, so that tests marked `oracle` run.
+# 1: test-slow installs torch, peft and bitsandbytes first, so that tests marked `oracle` run.
 ORACLE ?= 0
 
 # Huge pages for large arrays: a third off a CPU step. glibc reads this before Python starts.
@@ -54,7 +54,7 @@ $(ready): $(lock) pyproject.toml
 demo: $(ready) ## align a small model and see what came of it: three minutes on two CPU cores, no network
 	@$(python) -m demo
 
-setup-oracle: $(oracle) ## torch and bitsandbytes into it, which tests marked `oracle` compare with (Python 3.11)
+setup-oracle: $(oracle) ## torch, peft and bitsandbytes into it, which tests marked `oracle` compare with (Python 3.11)
 	@echo "$(VENV) has the oracle"
 
 $(oracle): requirements/oracle.txt $(ready)

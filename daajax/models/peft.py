@@ -7,6 +7,7 @@ that they are read again as they were.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -34,6 +35,8 @@ Params = dict[str, Any]
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# What modules of a model directory are called once transformers has loaded it.
+_RENAMED = {"embed_out.": "lm_head.", ".block_sparse_moe.": ".mlp."}
 _NOTE = "daajax.projections"  # in the metadata of our files: the projections whose adapters lie in blocks
 
 
@@ -73,7 +76,7 @@ def check(architecture: Architecture, lora: Lora) -> None:
     """
     for path, tensor in _whole(architecture, lora).items():
         name = path.rsplit("/", 1)[-1]
-        if tensor.columns is not None or "{expert}" in tensor.name or name == "router":
+        if tensor.columns is not None or "{expert}" in tensor.name:
             raise UserError(
                 f"{name} is trained whole, but is no module of its own in a {architecture.model_type}, as PEFT needs "
                 "it; leave it out, or export the merged model."
@@ -191,7 +194,7 @@ def _saved(config: PeftConfig, architecture: Architecture) -> tuple[str, ...]:
     saved = config.saved(
         {pattern.format(layer=layer, expert="*") for pattern in _patterns(architecture) for layer in layers}
     )
-    for copy, original in FAMILIES[architecture.model_type].copies(architecture).items():
+    for copy, original in _tied(architecture).items():
         tied = {_module(copy), _module(original)}
         if len(tied & saved) == 1 and not config.ties:
             raise UserError(
@@ -350,7 +353,19 @@ def _note(file: Any) -> tuple[str, ...]:
 
 
 def _stored(architecture: Architecture) -> dict[str, Tensor]:
-    return FAMILIES[architecture.model_type].tensors(architecture)
+    """Where each parameter is, by path, in a model of transformers."""
+    found = FAMILIES[architecture.model_type].tensors(architecture)
+    return {path: dataclasses.replace(tensor, name=_in_memory(tensor.name)) for path, tensor in found.items()}
+
+
+def _tied(architecture: Architecture) -> dict[str, str]:
+    """What is tied, to what."""
+    copies = FAMILIES[architecture.model_type].copies(architecture)
+    return {_in_memory(copy): _in_memory(original) for copy, original in copies.items()}
+
+
+def _in_memory(name: str) -> str:
+    return next((name.replace(old, new) for old, new in _RENAMED.items() if old in name), name)
 
 
 def _parameters(architecture: Architecture) -> dict[str, Parameter]:
@@ -385,8 +400,7 @@ def _outputs(architecture: Architecture, module: str) -> int:
 
 def _patterns(architecture: Architecture) -> set[str]:
     """Patterns of the names of all modules, that of a tied head among them."""
-    copies = FAMILIES[architecture.model_type].copies(architecture)
-    return set(map(_module, [*copies, *(tensor.name for tensor in _stored(architecture).values())]))
+    return set(map(_module, [*_tied(architecture), *(tensor.name for tensor in _stored(architecture).values())]))
 
 
 def _ending(module: str, architecture: Architecture) -> str:
@@ -403,5 +417,4 @@ def _whole(architecture: Architecture, lora: Lora) -> dict[str, Tensor]:
 
 def _copies(architecture: Architecture, lora: Lora) -> dict[str, str]:
     """Tensors that are in a file a second time, as PEFT does not tie by itself, and the first of each."""
-    copies = FAMILIES[architecture.model_type].copies(architecture)
-    return copies if "embed_tokens" in lora.whole else {}
+    return _tied(architecture) if "embed_tokens" in lora.whole else {}

@@ -360,7 +360,7 @@ def test_a_head_stored_beside_its_tied_embedding_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("rows", [slice(95, 96), slice(None)])
 def test_a_head_that_differs_from_its_tied_embedding_is_refused(tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(weights, "_ROWS", 10)
+    monkeypatch.setattr(tensor_files, "_ROWS", 10)
     drawn = oracle.tensors(TIED)
     head = drawn["model.embed_tokens.weight"].copy()
     head[rows] += 1
