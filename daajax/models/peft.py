@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util as traverse
@@ -26,17 +26,27 @@ from daajax.errors import UserError
 from daajax.models.architecture import Architecture
 from daajax.models.families import FAMILIES
 from daajax.models.lora import COLLECTION, Lora, targets_of
-from daajax.models.parameters import Parameter, layer_parameters, outer_parameters
 from daajax.models.peft_config import CONFIG, PeftConfig
-from daajax.models.storage import Columns, Tensor
+from daajax.models.peft_modules import (
+    copies_of,
+    ending_of,
+    module_of,
+    modules_of,
+    names_of,
+    outputs_of,
+    parameters_of,
+    patterns_of,
+    rows_of,
+    stored_in,
+    ties_of,
+    whole_of,
+)
 from daajax.models.tensor_files import FLOATS, differ, once
 
 Params = dict[str, Any]
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# What modules of a model directory are called once transformers has loaded it.
-_RENAMED = {"embed_out.": "lm_head.", ".block_sparse_moe.": ".mlp."}
 _NOTE = "daajax.projections"  # in the metadata of our files: the projections whose adapters lie in blocks
 
 
@@ -74,7 +84,7 @@ def check(architecture: Architecture, lora: Lora) -> None:
     Raises:
         UserError: If a parameter that is trained whole is a part of a module, or is no module of its own.
     """
-    for path, tensor in _whole(architecture, lora).items():
+    for path, tensor in whole_of(architecture, lora).items():
         name = path.rsplit("/", 1)[-1]
         if tensor.columns is not None or "{expert}" in tensor.name:
             raise UserError(
@@ -86,38 +96,33 @@ def check(architecture: Architecture, lora: Lora) -> None:
 def tensors(params: Params, architecture: Architecture, lora: Lora) -> dict[str, np.ndarray]:
     """What a PEFT directory's file holds, by name, on the host; arguments as of `save`."""
     flat: dict[str, Any] = traverse.flatten_dict(params, sep="/")
-    stored = _stored(architecture)
     found: dict[str, np.ndarray] = {}
-    for module, targets in _modules(architecture, lora.targets).items():
-        rank = lora.rank * len(targets)
+    for module, targets in modules_of(architecture, lora.targets).items():
         for layer in range(architecture.num_hidden_layers):
             a, b = (
                 [np.asarray(flat[f"{COLLECTION}/layers/{target}_{side}"][layer]).T for target in targets]
                 for side in "ab"
             )
-            whole = np.zeros((_outputs(architecture, module), rank), b[0].dtype)
+            whole = np.zeros((outputs_of(architecture, module), lora.rank * len(targets)), b[0].dtype)
             for place, (target, part) in enumerate(zip(targets, b, strict=True)):
-                columns, outputs = stored[f"layers/{target}"].columns, np.arange(len(part))
-                whole[
-                    outputs if columns is None else columns.of(outputs), place * lora.rank : (place + 1) * lora.rank
-                ] = part
+                whole[rows_of(architecture, target), place * lora.rank : (place + 1) * lora.rank] = part
             name = _PREFIX + module.format(layer=layer)
             found[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.concatenate(a))
             found[f"{name}.lora_B.weight"] = whole
-    for path, tensor in _whole(architecture, lora).items():
-        for layer, name in enumerate(_names(architecture, tensor)):
+    for path, tensor in whole_of(architecture, lora).items():
+        for layer, name in enumerate(names_of(architecture, tensor)):
             value = np.asarray(flat[path][layer] if "{layer}" in tensor.name else flat[path])
             found[_PREFIX + name] = np.ascontiguousarray(value.T if tensor.transposed else value)
-    for copy, original in _copies(architecture, lora).items():
+    for copy, original in copies_of(architecture, lora).items():
         found[_PREFIX + copy] = found[_PREFIX + original]
     return found
 
 
 def _config(architecture: Architecture, lora: Lora, base: str) -> dict[str, Any]:
-    modules, stored = _modules(architecture, lora.targets), _stored(architecture)
-    whole = {_module(stored[path].name) for path in _whole(architecture, lora)}
-    whole |= {_module(copy) for copy in _copies(architecture, lora)}
-    parts = {_ending(module, architecture): len(targets) for module, targets in modules.items() if len(targets) > 1}
+    modules, stored = modules_of(architecture, lora.targets), stored_in(architecture)
+    whole = {module_of(stored[path].name) for path in whole_of(architecture, lora)}
+    whole |= {module_of(copy) for copy in copies_of(architecture, lora)}
+    parts = {ending_of(architecture, module): len(targets) for module, targets in modules.items() if len(targets) > 1}
     name, _, revision = base.removeprefix("hf://").partition("@") if base.startswith("hf://") else (base, "", "")
     return {
         "peft_type": "LORA",
@@ -127,13 +132,13 @@ def _config(architecture: Architecture, lora: Lora, base: str) -> dict[str, Any]
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "use_rslora": lora.rslora,
-        "target_modules": sorted(_ending(module, architecture) for module in modules),
+        "target_modules": sorted(ending_of(architecture, module) for module in modules),
         "rank_pattern": {module: lora.rank * count for module, count in parts.items()},
         "alpha_pattern": {
             module: lora.alpha * (math.sqrt(count) if lora.rslora else count) for module, count in parts.items()
         },
-        "modules_to_save": sorted(_ending(module, architecture) for module in whole) or None,
-        "ensure_weight_tying": bool(_copies(architecture, lora)),
+        "modules_to_save": sorted(ending_of(architecture, module) for module in whole) or None,
+        "ensure_weight_tying": bool(copies_of(architecture, lora)),
         "fan_in_fan_out": not FAMILIES[architecture.model_type].transposed,
         "bias": "none",
         "lora_dropout": 0.0,
@@ -165,7 +170,7 @@ def read(path: str, architecture: Architecture) -> Lora:
 def _lora(config: PeftConfig, note: tuple[str, ...], architecture: Architecture) -> Lora:
     """What a config asks for, given the projections whose adapters lie in blocks."""
     layers, targets, ranks = range(architecture.num_hidden_layers), [], []
-    for module, parts in _modules(architecture, note or targets_of(architecture, ["all-linear"])).items():
+    for module, parts in modules_of(architecture, note or targets_of(architecture, ["all-linear"])).items():
         names = [module.format(layer=layer) for layer in layers if config.targets(module.format(layer=layer))]
         if names and len(names) < len(layers):
             raise UserError(
@@ -184,43 +189,45 @@ def _lora(config: PeftConfig, note: tuple[str, ...], architecture: Architecture)
         raise UserError(
             f"rank_pattern and alpha_pattern weigh adapters with {scales[0]:g} to {scales[-1]:g}; one scale is needed."
         )
-    alpha = config.alpha if rank == config.rank else scale * (math.sqrt(rank) if config.rslora else rank)
-    return Lora(rank, alpha, targets_of(architecture, targets), config.rslora, _saved(config, architecture))
+    lora = Lora(rank, config.alpha, targets_of(architecture, targets), config.rslora, _saved(config, architecture))
+    if not math.isclose(lora.scale, scale, rel_tol=1e-6):  # every module has a pattern
+        lora = dataclasses.replace(lora, alpha=lora.alpha * scale / lora.scale)
+    return lora
 
 
 def _saved(config: PeftConfig, architecture: Architecture) -> tuple[str, ...]:
     """The parameters that are trained whole."""
-    stored, layers = _stored(architecture), range(architecture.num_hidden_layers)
+    stored, layers = stored_in(architecture), range(architecture.num_hidden_layers)
     saved = config.saved(
-        {pattern.format(layer=layer, expert="*") for pattern in _patterns(architecture) for layer in layers}
+        {pattern.format(layer=layer, expert="*") for pattern in patterns_of(architecture) for layer in layers}
     )
-    for copy, original in _tied(architecture).items():
-        tied = {_module(copy), _module(original)}
+    for copy, original in ties_of(architecture).items():
+        tied = {module_of(copy), module_of(original)}
         if len(tied & saved) == 1 and not config.ties:
             raise UserError(
                 f"{(tied & saved).pop()} is trained whole, {(tied - saved).pop()} is not, though the base ties them; "
                 "add it to modules_to_save with the same values, or untie the base."
             )
         saved |= tied if tied & saved else set()
-    paths = [path for path, tensor in stored.items() if set(map(_module, _names(architecture, tensor))) & saved]
+    paths = [path for path, tensor in stored.items() if set(map(module_of, names_of(architecture, tensor))) & saved]
     return tuple(dict.fromkeys(path.rsplit("/", 1)[-1].removesuffix("_bias") for path in paths))
 
 
 def _shapes(config: PeftConfig, architecture: Architecture, lora: Lora) -> dict[str, tuple[int, ...]]:
     """The tensors of a directory that was read."""
-    parameters, stored = _parameters(architecture), _stored(architecture)
+    parameters, stored = parameters_of(architecture), stored_in(architecture)
     found = {}
-    for module, targets in _modules(architecture, lora.targets).items():
+    for module, targets in modules_of(architecture, lora.targets).items():
         for layer in range(architecture.num_hidden_layers):
             name = module.format(layer=layer)
             rank, inputs = config.rank_and_scale(name)[0], parameters[f"layers/{targets[0]}"].shape[0]
             found[f"{_PREFIX}{name}.lora_A.weight"] = (rank, inputs)
-            found[f"{_PREFIX}{name}.lora_B.weight"] = (_outputs(architecture, module), rank)
-    for path in _whole(architecture, lora):
+            found[f"{_PREFIX}{name}.lora_B.weight"] = (outputs_of(architecture, module), rank)
+    for path in whole_of(architecture, lora):
         shape = parameters[path].shape
-        for name in _names(architecture, stored[path]):
+        for name in names_of(architecture, stored[path]):
             found[_PREFIX + name] = tuple(reversed(shape)) if stored[path].transposed else shape
-    return found | {_PREFIX + one: found[_PREFIX + other] for one, other in _copies(architecture, lora).items()}
+    return found | {_PREFIX + one: found[_PREFIX + other] for one, other in copies_of(architecture, lora).items()}
 
 
 def _check_tensors(path: str, file: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -254,7 +261,7 @@ def load(path: str, architecture: Architecture, lora: Lora, shapes: Params, shar
         UserError: If the file cannot be read, or what the base ties has different values.
     """
     shapes, shardings = (traverse.flatten_dict(tree, sep="/") for tree in (shapes, shardings))
-    stored, found = _stored(architecture), {}
+    found = {}
 
     def make(name: str, read: Callable[[Any], np.ndarray]) -> None:
         dtype = shapes[name].dtype
@@ -263,28 +270,43 @@ def load(path: str, architecture: Architecture, lora: Lora, shapes: Params, shar
 
     with _opened(path) as file:
         note = _note(file)
-        for copy, original in _copies(architecture, lora).items():
+        for copy, original in copies_of(architecture, lora).items():
             if differ(file.get_slice(_PREFIX + copy), file.get_slice(_PREFIX + original)):
                 raise UserError(
                     f"{path}: {copy} and {original} were trained apart, though the base ties the two; merge the "
                     "adapter, with tie_word_embeddings false in config.json."
                 )
-        for module, targets in _modules(architecture, lora.targets).items():
+        for module, targets in modules_of(architecture, lora.targets).items():
             names = [_PREFIX + module.format(layer=layer) for layer in range(architecture.num_hidden_layers)]
+            if note:
+                _check_blocks(path, file, architecture, names, targets)
             for place, target in enumerate(targets):
-                block, columns = (place, len(targets)) if note else (0, 1), stored[f"layers/{target}"].columns
+                block, rows = (place, len(targets)) if note else (0, 1), rows_of(architecture, target)
                 for side in "ab":
                     name = f"{COLLECTION}/layers/{target}_{side}"
-                    make(name, _reader(file, side, names, shapes[name].shape, block, columns))
-        for path, tensor in _whole(architecture, lora).items():
-            slices = [file.get_slice(_PREFIX + name) for name in _names(architecture, tensor)]
-            make(path, _reader_of_whole(slices, tensor.transposed, stacked="{layer}" in tensor.name))
+                    make(name, _reader(file, side, names, shapes[name].shape, block, rows))
+        for name, tensor in whole_of(architecture, lora).items():
+            slices = [file.get_slice(_PREFIX + one) for one in names_of(architecture, tensor)]
+            make(name, _reader_of_whole(slices, tensor.transposed, stacked="{layer}" in tensor.name))
         jax.block_until_ready(found)
     return traverse.unflatten_dict(found, sep="/")
 
 
+def _check_blocks(path: str, file: Any, architecture: Architecture, names: list[str], targets: list[str]) -> None:
+    for name in (f"{name}.lora_B.weight" for name in names if stored_in(architecture)[f"layers/{targets[0]}"].columns):
+        b = np.array(file.get_tensor(name))
+        own = b.shape[1] // len(targets)
+        for place, target in enumerate(targets):
+            b[rows_of(architecture, target), place * own : (place + 1) * own] = 0
+        if b.any():
+            raise UserError(
+                f"{path}: tensor {name} has values outside of the blocks that {_NOTE!r} in the file's metadata says it "
+                "has; it was changed since: take that out of the metadata."
+            )
+
+
 def _reader(
-    file: Any, side: str, names: list[str], shape: tuple[int, ...], block: tuple[int, int], columns: Columns | None
+    file: Any, side: str, names: list[str], shape: tuple[int, ...], block: tuple[int, int], rows: np.ndarray
 ) -> Callable[[Any], np.ndarray]:
     """What reads one projection's A, [layers, inputs, rank], or B, [layers, rank, outputs].
 
@@ -294,7 +316,7 @@ def _reader(
         names: Of the module that has the adapter, one a layer.
         shape: Of all of it; where the rank is larger than what is stored, there are zeros.
         block: Which part of what is stored along the rank, and how many parts there are.
-        columns: Which of the module's outputs are the projection's; None: all.
+        rows: Which of the module's outputs are the projection's.
     """
 
     def one(name: str, index: tuple[slice, slice]) -> np.ndarray:
@@ -305,10 +327,9 @@ def _reader(
             inputs, wanted = index
             return np.pad(part[ranks, inputs].T, ((0, 0), (0, shape[-1] - own)))[:, wanted]
         wanted, outputs = index
-        rows = np.arange(shape[-1])[outputs]
-        rows = rows if columns is None else columns.of(rows)
-        first = int(rows[0])
-        values = part[first : int(rows[-1]) + 1, ranks][rows - first]
+        own_rows = rows[outputs]
+        first = int(own_rows[0])
+        values = part[first : int(own_rows[-1]) + 1, ranks][own_rows - first]
         return np.pad(values.T, ((0, shape[-2] - own), (0, 0)))[wanted]
 
     return lambda index: np.stack([one(name, index[1:]) for name in names[index[0]]])
@@ -347,74 +368,3 @@ def _opened(path: str) -> Iterator[Any]:
 def _note(file: Any) -> tuple[str, ...]:
     """The projections whose adapters lie in blocks."""
     return tuple((file.metadata() or {}).get(_NOTE, "").split())
-
-
-# ---------------------------------------------------------------------- modules of a directory
-
-
-def _stored(architecture: Architecture) -> dict[str, Tensor]:
-    """Where each parameter is, by path, in a model of transformers."""
-    found = FAMILIES[architecture.model_type].tensors(architecture)
-    return {path: dataclasses.replace(tensor, name=_in_memory(tensor.name)) for path, tensor in found.items()}
-
-
-def _tied(architecture: Architecture) -> dict[str, str]:
-    """What is tied, to what."""
-    copies = FAMILIES[architecture.model_type].copies(architecture)
-    return {_in_memory(copy): _in_memory(original) for copy, original in copies.items()}
-
-
-def _in_memory(name: str) -> str:
-    return next((name.replace(old, new) for old, new in _RENAMED.items() if old in name), name)
-
-
-def _parameters(architecture: Architecture) -> dict[str, Parameter]:
-    layer = {f"layers/{name}": parameter for name, parameter in layer_parameters(architecture).items()}
-    return outer_parameters(architecture) | layer
-
-
-def _module(name: str) -> str:
-    """The module that a tensor belongs to."""
-    return name.rsplit(".", 1)[0]
-
-
-def _names(architecture: Architecture, tensor: Tensor) -> list[str]:
-    """The tensors that a parameter is, one a layer where it is a stack."""
-    count = architecture.num_hidden_layers if "{layer}" in tensor.name else 1
-    return [tensor.name.format(layer=layer, expert="{expert}") for layer in range(count)]
-
-
-def _modules(architecture: Architecture, targets: Sequence[str]) -> dict[str, list[str]]:
-    """Which projections lie in each module that has an adapter, by pattern of its name."""
-    stored, found = _stored(architecture), {}
-    for target in targets:
-        found.setdefault(_module(stored[f"layers/{target}"].name), []).append(target)
-    return found
-
-
-def _outputs(architecture: Architecture, module: str) -> int:
-    """Outputs of a module, with those of projections that have no adapter."""
-    parameters, name = _parameters(architecture), f"{module}.weight"
-    return sum(parameters[path].shape[-1] for path, tensor in _stored(architecture).items() if tensor.name == name)
-
-
-def _patterns(architecture: Architecture) -> set[str]:
-    """Patterns of the names of all modules, that of a tied head among them."""
-    return set(map(_module, [*_tied(architecture), *(tensor.name for tensor in _stored(architecture).values())]))
-
-
-def _ending(module: str, architecture: Architecture) -> str:
-    """The shortest end of a pattern that no other module's name ends with."""
-    words, others = module.split("."), _patterns(architecture) - {module}
-    ends = (".".join(words[-count:]) for count in range(1, len(words) + 1))
-    return next(end for end in ends if not any(other.endswith(end) for other in others))
-
-
-def _whole(architecture: Architecture, lora: Lora) -> dict[str, Tensor]:
-    """Where what is trained whole is stored, by path."""
-    return {path: tensor for path, tensor in _stored(architecture).items() if lora.trains(path)}
-
-
-def _copies(architecture: Architecture, lora: Lora) -> dict[str, str]:
-    """Tensors that are in a file a second time, as PEFT does not tie by itself, and the first of each."""
-    return _tied(architecture) if "embed_tokens" in lora.whole else {}

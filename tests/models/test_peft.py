@@ -104,7 +104,7 @@ def melted(folder, name):
         if key.endswith("lora_B.weight"):
             a = stored[key.replace("lora_B", "lora_A")].astype(np.float64)
             ranks, alphas = (
-                [value for end, value in config.get(table, {}).items() if module.endswith(end)]
+                [value for end, value in config.get(table, {}).items() if re.fullmatch(rf"(.*\.)?({end})", module)]
                 for table in ("rank_pattern", "alpha_pattern")
             )
             rank, alpha = (ranks or [config["r"]])[0], (alphas or [config["lora_alpha"]])[0]
@@ -252,6 +252,8 @@ def theirs(folder, name, targets, *, rank=4, ranks=types.MappingProxyType({}), *
         ("gpt2", [r"attn\.c_proj"], {"target_modules": r".*\.attn\.c_proj"}, ["o_proj"]),
         ("llama2", ["q_proj"], {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, ["q_proj"]),
         ("llama31", ["v_proj"], {"target_modules": ["self_attn.v_proj"], "init_lora_weights": "eva"}, ["v_proj"]),
+        ("llama2", ["k_proj"], {"alpha_pattern": {".*_proj": 3.5}}, ["k_proj"]),
+        ("llama2", ["k_proj", "q_proj"], {"alpha_pattern": {".*": 3.5}, "use_rslora": True}, ["q_proj", "k_proj"]),
         (  # ranks differ, the scale is one: the smaller is filled up
             "phi3_short",
             ["qkv_proj", "down_proj"],
@@ -492,6 +494,18 @@ def test_parts_that_are_no_module_are_not_written(tmp_path, name, whole):
     with pytest.raises(UserError, match="no module of its own"):
         saved(tmp_path, name, adapters)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_blocks_that_were_filled_since_are_refused(tmp_path):
+    folder = saved(tmp_path, "gpt_neox", lora_of("gpt_neox", ["q_proj", "v_proj"]))
+    name = f"{PREFIX}gpt_neox.layers.1.attention.query_key_value.lora_B.weight"
+    for row, rank in ((0, 4), (8, 0)):  # a query of the values' block, a key
+        note = {"daajax.projections": "q_proj v_proj"}
+        rewrite(folder, lambda values, at=(row, rank): values[name].__setitem__(at, 1), metadata=note)
+        with pytest.raises(UserError, match=r"query_key_value.* has values outside of the blocks"):
+            load(folder, "gpt_neox")
+        rewrite(folder, lambda values, at=(row, rank): values[name].__setitem__(at, 0), metadata=note)
+        load(folder, "gpt_neox")
 
 
 def test_blocks_that_do_not_divide_are_refused(tmp_path):
