@@ -8,6 +8,8 @@ WORKERS ?= 2
 ARGS ?=
 # 1: test-slow installs torch, peft and bitsandbytes first, so that tests marked `oracle` run.
 ORACLE ?= 0
+# 1: test-slow installs compilers for chips that are not there first, so that tests of 8B models on them run.
+AHEAD ?= 0
 
 # Huge pages for large arrays: a third off a CPU step. glibc reads this before Python starts.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -16,12 +18,13 @@ version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 lock := requirements/python$(if $(filter 3.11,$(version)),3.11,3.12).txt
 ready := $(VENV)/.ready-$(version)
 oracle := $(VENV)/.oracle-$(version)
+ahead := $(VENV)/.ahead-$(version)
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 pytest := JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 $(python) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo setup-oracle test test-slow check bench lock clean
+.PHONY: help setup demo setup-oracle setup-ahead test test-slow check bench memory lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -62,10 +65,20 @@ $(oracle): requirements/oracle.txt $(ready)
 	@$(pip) install --quiet -r requirements/oracle.txt -c $(lock)
 	@touch $@
 
+setup-ahead: $(ahead) ## compilers for TPUs and GPUs that are not there into a folder of it (Python 3.11; 1.4 GB)
+	@echo "$(VENV)/ahead has the compilers"
+
+# In a folder of their own: beside jax, they would look for the chips at every start.
+$(ahead): requirements/ahead.txt $(ready)
+	@test $(version) = 3.11 || { echo "the compilers are pinned for Python 3.11, this is $(version): make $(goal) PYTHON=python3.11" >&2; exit 1; }
+	@rm -rf $(VENV)/ahead
+	@$(pip) install --quiet --no-deps --target $(VENV)/ahead -r requirements/ahead.txt
+	@touch $@
+
 test: $(ready) ## the tests that take less than 10 s each, on 8 CPU devices
 	$(pytest) -m "not slow and not oracle" $(ARGS)
 
-test-slow: $(if $(filter 1,$(ORACLE)),$(oracle),$(ready)) ## the others; ORACLE=1 installs what some of them compare with
+test-slow: $(ready) $(if $(filter 1,$(ORACLE)),$(oracle)) $(if $(filter 1,$(AHEAD)),$(ahead)) ## the others; ORACLE=1 and AHEAD=1 install what some of them need
 	$(pytest) -m "slow or oracle" $(ARGS)
 
 check: $(ready) ## format, lint, types, shell scripts
@@ -74,9 +87,12 @@ check: $(ready) ## format, lint, types, shell scripts
 	$(VENV)/bin/pyright --pythonpath $(python)
 	$(VENV)/bin/shellcheck .ci/run launch/*.sh
 
-bench: $(ready) ## every script of benchmarks/
+bench: $(ready) ## the scripts of benchmarks/ that measure this machine
 	$(python) -m benchmarks.packing
 	$(python) -m benchmarks.attention
+
+memory: $(ahead) ## what an update of an 8B model needs on chips that are not there (Python 3.11)
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 PYTHONPATH=$(VENV)/ahead $(python) -m benchmarks.memory
 
 lock: ## resolve the dependencies afresh and write the lock of this Python's version
 	$(require-python)

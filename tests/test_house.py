@@ -1,5 +1,6 @@
 """The house itself: set-up, launchers, locks, and what may import what."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -126,6 +127,16 @@ def test_the_oracle_pins_are_those_of_the_extra():
     extra = project["project"]["optional-dependencies"]["oracle"]
     assert set(extra) <= set((ROOT / "requirements/oracle.txt").read_text().splitlines())
     assert any(pin.startswith("torch==") for pin in extra)  # or the others might bring another one
+
+
+def test_the_compilers_for_chips_that_are_not_there_are_those_of_the_locked_jax():
+    lines = [line for line in (ROOT / "requirements/ahead.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert f"jax=={pins['jax-cuda13-plugin']}" in LOCKS[0].read_text().splitlines()
+    assert pins["jax-cuda13-pjrt"] == pins["jax-cuda13-plugin"]
+    if importlib.metadata.version("jax") == pins["jax-cuda13-plugin"]:
+        wanted = {found.name: found for found in map(Requirement, importlib.metadata.requires("jax") or [])}
+        assert wanted["libtpu"].specifier.contains(pins["libtpu"])
 
 
 def test_only_ci_looks_outside_the_checkout():
