@@ -177,8 +177,7 @@ def argument_bytes(chips):
 def test_adapters_of_8b_train_on_rows_of_4096_tokens(tmp_path, chip, remat):
     numbers, lowered, program = compiled(tmp_path, chip, rank=RANK, remat=remat)
     assert needed(numbers) < chip.memory
-    # Beside them the batch: less than a MiB. A TPU lays arrays out in tiles.
-    assert 0 <= numbers["arguments"] - argument_bytes(chip.count) < 2**20 + 0.01 * argument_bytes(chip.count)
+    assert 0 < numbers["arguments"] - argument_bytes(chip.count) < 2**18  # which is the batch
     assert numbers["outputs"] < 2**20  # the state takes the place of the one before
     assert large_in_lowered(lowered, LLAMA) == set()
     assert large_in_compiled(program, LLAMA, chip.count) == set()
