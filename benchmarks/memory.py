@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from configs import base
-from daajax import run, sharding
+from daajax import policy, run, sharding
 from daajax.config import losses, resolve
 from daajax.data.batches import Batches
 from daajax.data.packing import pack
@@ -132,7 +132,7 @@ def lower(chips: str, *, rank: int, remat: str, rows: int, length: int) -> tuple
     config = resolve(config)
     terms, architecture = bind(losses(config)), architecture_of(LLAMA)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
+    scorer = policy.make_scorer(config, architecture, mesh, adapters=policy.lora_of(config, architecture))
     update = run.make_update(config, scorer, scorer, terms, updates=config.steps)
     data = make_data(config.batch_size, length // 4)
     windows, sizes = np.arange(config.batch_size)[None], Sizes.of(data, prefix_sharing=True)

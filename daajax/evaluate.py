@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from daajax import checkpoint, command, folder, inputs, run, sharding
+from daajax import checkpoint, command, folder, inputs, policy, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.batches import Batches
@@ -164,11 +164,11 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     saved = checkpoint.Checkpoints(where)
     step = saved.choose(step)
     data, plan = inputs.load_held_out(config, architecture, terms, mesh)
-    scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
+    scorer = policy.make_scorer(config, architecture, mesh, adapters=policy.lora_of(config, architecture))
     live, columns, initial, reference = bool(run.why_live(config, terms)), {}, None, {}
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     if config.reference.mode != "none":
-        initial = run.load_initial_params(config, scorer, mesh)
+        initial = policy.load_initial_params(config, scorer, mesh)
         found = run.load_reference(config, [(data, plan)], scorer, reference_scorer, initial, terms, mesh)
         (columns,) = found.columns
         if not (step and config.reference.mode == "ema"):  # else it is in the checkpoint
@@ -178,7 +178,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
         del found
     if step != 0 and scorer.model.lora is None:
         initial = None  # before the others come
-    state, frozen = run.state_at(config, saved, step, scorer, terms, mesh, initial=initial)
+    state, frozen = policy.state_at(config, saved, step, scorer, terms, mesh, initial=initial)
     progress = Progress("evaluate", plan.updates, "batch")
     batches = inputs.make_batches(config, data, plan, columns, terms, sweep=True)
     evaluation = Evaluation(scorer, terms, data, batches, mesh, reference_scorer if live else None)

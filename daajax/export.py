@@ -6,7 +6,7 @@ Adapters are melted into it; `--form=adapter` writes them alone, as PEFT does. W
 
 import pathlib
 
-from daajax import checkpoint, command, folder, run, sharding
+from daajax import checkpoint, command, folder, policy, run, sharding
 from daajax.config import Config, has_adapters, tokenizer_path
 from daajax.console import say
 from daajax.errors import UserError
@@ -45,14 +45,14 @@ def export(
     config, _ = run.fetch_models(config, folder.read_revisions(pathlib.Path(workdir)))
     architecture = read_architecture(config.model.path, length=config.max_length)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    adapters = run.lora_of(config, architecture)
-    scorer = run.make_scorer(config, architecture, mesh, adapters=adapters)
-    state, _ = run.state_at(config, saved, step, scorer, (), mesh)
+    adapters = policy.lora_of(config, architecture)
+    scorer = policy.make_scorer(config, architecture, mesh, adapters=adapters)
+    state, _ = policy.state_at(config, saved, step, scorer, (), mesh)
     words = tokenizer_path(config)
     if alone and adapters is not None:
         peft.save(str(target), state.params, architecture, adapters, base=base, tokenizer_path=words)
     else:
-        params = run.merged(config, state.params, scorer, mesh)
+        params = policy.merged(config, state.params, scorer, mesh)
         weights.save(str(target), params, architecture, model_path=config.model.path, tokenizer_path=words)
     say(f"the {'adapter' if alone else 'model'} of update {step} is in {target}")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from daajax import checkpoint, command, folder, output, prompts, run, sampling, sharding
+from daajax import checkpoint, command, folder, output, policy, prompts, run, sampling, sharding
 from daajax.config import DTYPES, has_adapters, resolve, restored, tokenizer_path
 from daajax.console import say
 from daajax.data.rows import Example
@@ -173,7 +173,7 @@ def model_of_directory(options: Options) -> Model:
     path = directory.fetch(str(options.model), "--model").path
     read_architecture(path, "--model")  # before its config.json is asked for a dtype
     dtype = dtype_of(path) if options.dtype == "auto" else options.dtype
-    return Model(path, path, path, None, dtype, dtype, functools.partial(run.load_params, path))
+    return Model(path, path, path, None, dtype, dtype, functools.partial(policy.load_params, path))
 
 
 def model_of_run(options: Options) -> Model:
@@ -194,9 +194,9 @@ def model_of_run(options: Options) -> Model:
         config.chat.template,
         config.model.dtype if options.dtype == "auto" else options.dtype,
         config.model.param_dtype,
-        functools.partial(run.params_at, config, saved, step),
+        functools.partial(policy.params_at, config, saved, step),
         config.max_length,
-        run.lora_of(config, read_architecture(config.model.path)),
+        policy.lora_of(config, read_architecture(config.model.path)),
     )
 
 

@@ -3,7 +3,7 @@
 `python -m daajax.precompute --config=configs/dpo_llama.py [--config.key=value …]` takes the flags of `daajax.train`.
 """
 
-from daajax import command, inputs, run, sharding
+from daajax import command, inputs, policy, run, sharding
 from daajax.config import Config, losses
 from daajax.console import say
 from daajax.errors import UserError
@@ -31,9 +31,9 @@ def precompute(config: Config, workdir: str = "") -> None:
     if why := run.why_live(config, terms):
         raise UserError(f"the reference stays in memory beside the policy ({why}): there is nothing to precompute.")
     sets = inputs.load_sets(config, architecture, terms, mesh)
-    scorer = run.make_scorer(config, architecture, mesh, adapters=run.lora_of(config, architecture))
+    scorer = policy.make_scorer(config, architecture, mesh, adapters=policy.lora_of(config, architecture))
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
-    params = run.load_initial_params(config, scorer, mesh)
+    params = policy.load_initial_params(config, scorer, mesh)
     run.load_reference(config, sets, scorer, reference_scorer, params, terms, mesh)
     say("the reference cache has everything this run reads")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from daajax import checkpoint, command, first_loss, folder, inputs, memory, metrics, run, sharding, step
+from daajax import checkpoint, command, first_loss, folder, inputs, memory, metrics, policy, run, sharding, step
 from daajax.config import Config, losses, tokenizer_path
 from daajax.console import Progress, say
 from daajax.errors import UserError, one_line
@@ -57,7 +57,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     architecture = read_architecture(config.model.path, length=config.max_length)
     if config.reference.path is not None:  # before minutes are spent on the data
         read_architecture(config.reference.path, "reference.path", length=config.max_length)
-    adapters = run.lora_of(config, architecture)
+    adapters = policy.lora_of(config, architecture)
     if config.model.router_aux_loss_coef and architecture.experts is None:
         raise UserError(
             f"config.model.router_aux_loss_coef={config.model.router_aux_loss_coef} but {config.model.path} has no "
@@ -70,14 +70,16 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if (done := max(saved.steps, default=0)) > plan.updates:
         raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
-    scorer = run.make_scorer(config, architecture, mesh, adapters=adapters)
+    scorer = policy.make_scorer(config, architecture, mesh, adapters=adapters)
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
-    shapes, param_shardings = run.param_layout(scorer, mesh)
+    shapes, param_shardings = policy.param_layout(scorer, mesh)
     update = run.make_update(config, scorer, reference_scorer, terms, updates=plan.updates)
     homes, fixed = sharding.homes(update.state), update.beside.frozen
     if not config.model.random_init:
-        weights.check(config.model.path, architecture, lora.without(run.param_layout(run.dequantized(scorer), mesh)[0]))
+        weights.check(
+            config.model.path, architecture, lora.without(policy.param_layout(policy.dequantized(scorer), mesh)[0])
+        )
     say(
         f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, {config.model.param_dtype}, "
         f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"
@@ -102,7 +104,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     resumes = done > 0
     params, reference, live, columns = {}, None, {}, [{}] * len(sets)
     if config.reference.mode != "none" or not resumes or fixed:
-        params = run.load_initial_params(config, scorer, mesh)
+        params = policy.load_initial_params(config, scorer, mesh)
     if config.reference.mode != "none":
         reference = run.load_reference(config, sets, scorer, reference_scorer, params, terms, mesh)
         columns = reference.columns
@@ -121,7 +123,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
     elif fixed:
-        origin = dataclasses.replace(origin, model=run.digest_at_start(config, params, scorer))
+        origin = dataclasses.replace(origin, model=policy.digest_at_start(config, params, scorer))
     params, frozen = lora.split(params, adapters)
     beside = step.Beside(frozen, live)
     if resumes:
@@ -205,7 +207,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             folder.begin(where, asked, updates=done, revisions=revisions)
         weights.save(
             str(where / "model"),
-            run.merged(config, state.params, scorer, mesh),
+            policy.merged(config, state.params, scorer, mesh),
             architecture,
             model_path=config.model.path,
             tokenizer_path=tokenizer_path(config),

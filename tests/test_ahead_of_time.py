@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from benchmarks.memory import LLAMA
-from daajax import run, sharding
+from daajax import policy, run, sharding
 from daajax.config import losses
 from daajax.data.batches import Batches
 from daajax.losses.terms import bind
@@ -100,7 +100,7 @@ def test_an_update_of_adapters_has_no_gradient_and_no_moment_of_the_base(micro_b
     for rank in (0, 4):
         flags = [f"--config.lora.rank={rank}", "--config.model.dtype=bfloat16", "--config.batch_size=8"]
         options, _ = worlds.parse("--config.model.path=model", "--config.data.path=data", *flags)
-        scorer = run.make_scorer(options, architecture, mesh, adapters=run.lora_of(options, architecture))
+        scorer = policy.make_scorer(options, architecture, mesh, adapters=policy.lora_of(options, architecture))
         update = run.make_update(options, scorer, scorer, bind(losses(options)), updates=1)
         found[rank] = large_in_lowered(update.lower(batch, keys=plan.shape(0).keys).as_text(), config)
         held = {shape_of(str(leaf.shape)) for leaf in jax.tree.leaves(update.state)}

@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from configs.published import COMBINED, SETTINGS
-from daajax import command, config, inputs, optimizer, run, sharding
+from daajax import command, config, inputs, optimizer, policy, sharding
 from daajax.config import losses, resolve
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
@@ -88,7 +88,7 @@ def seen_scorer(options):
     with worlds.visible(1):
         mesh = sharding.make_mesh(options.mesh.to_dict())
         architecture = read_architecture(options.model.path)
-        scorer = run.make_scorer(options, architecture, mesh, adapters=run.lora_of(options, architecture))
+        scorer = policy.make_scorer(options, architecture, mesh, adapters=policy.lora_of(options, architecture))
     model = scorer.model
     return scorer.attention, model.remat, str(model.dtype), str(model.param_dtype), model.lora
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from daajax import generate as command
-from daajax import prompts, run, sharding
+from daajax import policy, prompts, sharding
 from daajax.data.rows import Example
 from daajax.data.tokenizer import load_tokenizer
 from daajax.errors import UserError
@@ -63,7 +63,7 @@ def test_lines_are_the_generators_responses(path, rows, tmp_path):
         read_architecture(str(path)), mesh, attention="dense", remat="none", dtype=jnp.float32, param_dtype=jnp.float32
     )
     samples = Generator(scorer, mesh).generate(
-        run.load_params(str(path), scorer, mesh),
+        policy.load_params(str(path), scorer, mesh),
         [tokenizer(text)["input_ids"] for text in texts],  # BOS in front
         key=jax.random.key(5),
         max_tokens=12,

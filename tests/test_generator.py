@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from daajax import run, sharding
+from daajax import policy, sharding
 from daajax.data.batches import Batches
 from daajax.data.tokenizer import load_tokenizer
 from daajax.errors import UserError
@@ -67,7 +67,7 @@ def loaded(path, sizes=ONE, dtype="float32"):
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.float32,
     )
-    return Generator(scorer, mesh), scorer, run.load_params(path, scorer, mesh), mesh
+    return Generator(scorer, mesh), scorer, policy.load_params(path, scorer, mesh), mesh
 
 
 def generate(path, prompts=PROMPTS, *, sizes=ONE, dtype="float32", seed=0, max_tokens=MAX_TOKENS, **options):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from daajax import inputs, run, sharding
+from daajax import inputs, policy, run, sharding
 from daajax.config import losses
 from daajax.data.sizes import Sizes
 from daajax.data.windows import sweep_windows
@@ -39,8 +39,8 @@ def summed_logps(model, data, cache, *arguments, limit=None):
         sizes = Sizes.of(found, prefix_sharing=True)
         windows = sweep_windows(sizes, batch_size=config.batch_size)
         plan = inputs.pack(config, windows, sizes, mesh, found.ids)
-        scorer = run.make_scorer(config, architecture, mesh)
-        params = run.load_params(config.model.path, scorer, mesh)
+        scorer = policy.make_scorer(config, architecture, mesh)
+        params = policy.load_params(config.model.path, scorer, mesh)
         tokens = run.load_reference(config, [(found, plan)], scorer, scorer, params, terms, mesh).columns[0]["logps"]
     assert len(examples_of(plan)) == len(found.weights)
     return np.array(

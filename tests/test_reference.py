@@ -287,7 +287,7 @@ def test_limits_that_cut_no_token_score_nothing_and_others_score_what_they_cut(w
 
 def logps(world, *overrides, devices=1):
     """What a run reads of its reference: one number a token."""
-    from daajax import inputs, run, sharding
+    from daajax import inputs, policy, run, sharding
     from daajax.config import losses
     from daajax.losses.terms import bind
     from daajax.models.families import read_architecture
@@ -299,8 +299,8 @@ def logps(world, *overrides, devices=1):
         terms = bind(losses(config))
         data = inputs.load_data(config, config.data, architecture, terms)
         plan = inputs.make_plan(config, data, mesh)
-        scorer = run.make_scorer(config, architecture, mesh)
-        params = run.load_params(config.model.path, scorer, mesh)
+        scorer = policy.make_scorer(config, architecture, mesh)
+        params = policy.load_params(config.model.path, scorer, mesh)
         return run.load_reference(config, [(data, plan)], scorer, scorer, params, terms, mesh).columns[0]["logps"]
 
 
