@@ -1,4 +1,4 @@
-"""A run from its options: where its models come from, its reference, its update. Its policy and inputs have own files."""
+"""A run from its options: where its models come from, its reference, its update. See also `policy` and `inputs`."""
 
 import dataclasses
 import functools

@@ -294,8 +294,8 @@ def test_optimizer_options_reach_optax(world, monkeypatch):
         seen["optimizer"] = {"name": name, **options}
         raise StoppedError
 
-    monkeypatch.setattr("daajax.train.make_schedule", make_schedule)
-    monkeypatch.setattr("daajax.train.make_optimizer", make_optimizer)
+    monkeypatch.setattr("daajax.run.make_schedule", make_schedule)
+    monkeypatch.setattr("daajax.run.make_optimizer", make_optimizer)
     options = {
         "name": "adamw", "learning_rate": 3e-4, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "b1": 0.8,
         "b2": 0.7, "eps": 1e-7, "max_grad_norm": 2.0,
