@@ -79,16 +79,19 @@ runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
 
-TABLE = (  # chips, rank, remat, rows a chip
-    ("v5e:2x2", 16, "full", 1),
-    ("v5e:2x2", 16, "full", 2),
-    ("v5e:2x2", 16, "full", 4),
-    ("v5e:2x2", 16, "dots", 1),
-    ("h200:1", 16, "full", 2),
-    ("h200:1", 16, "dots", 2),
-    ("h200:1", 16, "none", 2),
-    ("h200:8", 0, "full", 2),
-    ("h200:8", 0, "none", 2),
+TABLE = (  # chips, rank, quantization, remat, rows a chip
+    ("v5e:2x2", 16, None, "full", 1),
+    ("v5e:2x2", 16, None, "full", 2),
+    ("v5e:2x2", 16, None, "full", 4),
+    ("v5e:2x2", 16, None, "dots", 1),
+    ("v5e:2x2", 16, "nf4", "full", 2),
+    ("h200:1", 16, None, "full", 2),
+    ("h200:1", 16, None, "dots", 2),
+    ("h200:1", 16, None, "none", 2),
+    ("h200:1", 16, "int8", "none", 2),
+    ("h200:1", 16, "nf4", "none", 2),
+    ("h200:8", 0, None, "full", 2),
+    ("h200:8", 0, None, "none", 2),
 )
 
 
@@ -122,12 +125,14 @@ def make_data(pairs: int, length: int) -> TokenizedData:
     )
 
 
-def lower(chips: str, *, rank: int, remat: str, rows: int, length: int) -> tuple[jax.stages.Lowered, Any]:
+def lower(
+    chips: str, *, rank: int, quantization: str | None, remat: str, rows: int, length: int
+) -> tuple[jax.stages.Lowered, Any]:
     """The update for these chips, parameters cut up over all of them, and the options to compile it with."""
     devices, options = described(chips)
     config = base.get_config()
     config.model.path, config.data.path = "Llama-3.1-8B", "pairs"
-    config.lora.rank, config.remat, config.steps = rank, remat, 1
+    config.lora.rank, config.lora.quantization, config.remat, config.steps = rank, quantization, remat, 1
     config.max_length, config.batch_size = length, 4 * rows * len(devices)
     config = resolve(config)
     terms, architecture = bind(losses(config)), architecture_of(LLAMA)
@@ -166,19 +171,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--chips", help="one line of the table: v5e:2x2, h200:8, …")
     parser.add_argument("--rank", type=int, default=0, help="of adapters; 0: everything is trained")
+    parser.add_argument("--quantization", help="of the base under adapters: int8, nf4; not given: bfloat16")
     parser.add_argument("--remat", default="full")
     parser.add_argument("--rows", type=int, default=1, help="rows a chip")
     parser.add_argument("--length", type=int, default=4096, help="tokens a row")
     parser.add_argument("--output", type=pathlib.Path, help="folder for numbers.json, lowered.txt, compiled.txt")
     given = parser.parse_args()
-    lines = [(given.chips, given.rank, given.remat, given.rows)] if given.chips else TABLE
+    asked = (given.chips, given.rank, given.quantization, given.remat, given.rows)
     print(f"{time.strftime('%Y-%m-%d')}, jax {jax.__version__}, rows of {given.length} tokens, GiB a chip\n")
-    print("| chips | trained | remat | rows a chip | arguments | temporaries | together | compiled in s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for chips, rank, remat, rows in lines:
-        cells = [chips, f"rank {rank}" if rank else "all", remat, str(rows)]
+    print("| chips | trained | base | remat | rows a chip | arguments | temporaries | together | compiled in s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for chips, rank, quantization, remat, rows in [asked] if given.chips else TABLE:
+        shape = dict(rank=rank, quantization=quantization, remat=remat, rows=rows, length=given.length)
+        frozen = quantization or "bfloat16"
+        cells = [chips, f"rank {rank}" if rank else "all", frozen if rank else "", remat, str(rows)]
         try:
-            found = measure(given.output, chips, rank=rank, remat=remat, rows=rows, length=given.length)
+            found = measure(given.output, chips, **shape)
         except jax.errors.JaxRuntimeError as error:
             if given.chips or "RESOURCE_EXHAUSTED" not in str(error):
                 raise

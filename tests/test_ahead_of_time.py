@@ -128,11 +128,12 @@ H200 = Chip("h200:1", 1, 141e9, "jax_cuda13_plugin")
 EIGHT_H200 = Chip("h200:8", 8, 141e9, "jax_cuda13_plugin")
 
 
-def compiled(folder, chip, *, rank, remat):
+def compiled(folder, chip, *, rank, remat, quantization=None):
     """Numbers and texts of a program."""
     if importlib.machinery.PathFinder.find_spec(chip.package, [str(AHEAD), *sys.path]) is None:
         pytest.skip(f"{chip.package} is not installed: make setup-ahead")
     shape = [f"--rank={rank}", f"--remat={remat}", f"--rows={ROWS}", f"--length={LENGTH}"]
+    shape += [f"--quantization={quantization}"] if quantization else []
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     path = os.pathsep.join([str(AHEAD), str(ROOT)])
     done = subprocess.run(
@@ -181,6 +182,18 @@ def test_adapters_of_8b_train_on_rows_of_4096_tokens(tmp_path, chip, remat):
     assert numbers["outputs"] < 2**20  # the state takes the place of the one before
     assert large_in_lowered(lowered, LLAMA) == set()
     assert large_in_compiled(program, LLAMA, chip.count) == set()
+
+
+@pytest.mark.slow
+def test_a_base_of_four_bits_is_never_there_whole_in_another_format(tmp_path):
+    numbers, _, program = compiled(tmp_path, H200, rank=RANK, remat="none", quantization="nf4")
+    plain, _, _ = compiled(tmp_path / "plain", H200, rank=RANK, remat="none")
+    # A projection is 4 bits a weight and 8 for the scale of 64 of them; embeddings and head stay as they are.
+    saved = LLAMA["num_hidden_layers"] * sum(map(math.prod, matrices(LLAMA)[1].values())) * (2 - 1 / 2 - 1 / 64)
+    assert plain["arguments"] - numbers["arguments"] == pytest.approx(saved, rel=1e-3)
+    # What the weights of a layer stand for is made when they are read, and not kept.
+    assert numbers["temporaries"] - plain["temporaries"] < 2 * LLAMA["hidden_size"] * LLAMA["intermediate_size"]
+    assert large_in_compiled(program, LLAMA, 1) == set()
 
 
 @pytest.mark.slow

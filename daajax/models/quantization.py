@@ -260,7 +260,10 @@ def _nearest(values: Array, table: np.ndarray) -> Array:
 
 def _pick(codes: Array, table: np.ndarray) -> Array:
     """The table's numbers at codes, by selects on one bit after another: a gather is slow on a TPU."""
-    numbers, bit = list(table), 0
+    # The barrier ties the numbers to the codes: a scan over layers would else spread each of them over the shape of a
+    # weight, once for all layers, and keep that.
+    codes, numbers = jax.lax.optimization_barrier((codes, [jnp.asarray(number) for number in table]))
+    bit = 0
     while len(numbers) > 1:
         odd = (codes >> bit) & 1 == 1
         numbers = [jnp.where(odd, high, low) for low, high in zip(numbers[::2], numbers[1::2], strict=True)]
