@@ -203,6 +203,7 @@ def test_another_architecture_is_named_by_its_key(refused, tmp_path, changes, sa
     [
         (lambda m: (m / "config.json").write_text("{"), "not a model's config.json"),
         (lambda m: (m / "config.json").unlink(), "has no config.json"),
+        (lambda m: (m / "config.json").rename(m / "adapter_config.json"), "is an adapter; name it with lora.path"),
         (lambda m: (m / "model.safetensors").unlink(), "needs model.safetensors"),
         (lambda m: (m / "model.safetensors").write_bytes(b"x" * 100), "is not a readable safetensors file"),
         (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "found pytorch_model.bin"),
@@ -211,7 +212,18 @@ def test_another_architecture_is_named_by_its_key(refused, tmp_path, changes, sa
         (lambda m: (in_shards(m) / "model-00002-of-00002.safetensors").unlink(), "-00002.safetensors is missing"),
         (lambda m: (m / "tokenizer.json").write_text("{}"), "cannot be loaded"),
     ],
-    ids=["config", "no config", "no weights", "weights", "pickle", "disguised", "indexed", "shard", "tokenizer"],
+    ids=[
+        "config",
+        "no config",
+        "adapter",
+        "no weights",
+        "weights",
+        "pickle",
+        "disguised",
+        "indexed",
+        "shard",
+        "tokenizer",
+    ],
 )
 def test_a_damaged_model_directory_is_named(refused, tmp_path, damage, says):
     model = worlds.make_model(tmp_path / "model")

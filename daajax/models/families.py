@@ -76,6 +76,8 @@ def read_architecture(path: str, option: str = "model.path", *, length: int | No
             f"hf://ORGANIZATION/{pathlib.Path(path).name}, or download it: "
             f"hf download ORGANIZATION/{pathlib.Path(path).name} --local-dir {path}"
         )
+    if file.with_name("adapter_config.json").is_file() and not file.is_file():
+        raise UserError(f"{option}={path} is an adapter; name it with lora.path, and its base with {option}.")
     if not file.is_file():
         raise UserError(f"{path} has no config.json; {option} must be a Hugging Face model directory.")
     config = config_reader.read(file)
