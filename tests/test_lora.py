@@ -22,8 +22,8 @@ from tests import stores, worlds
 from tests.models.test_decoder import rows
 from tests.oracle import make_values as oracle
 
-RANK = "--config.lora.rank=4"
-FLAGS = [RANK, "--config.optimizer.learning_rate=1e-2", "--config.optimizer.schedule=constant"]
+WHOLE = "--config.lora.modules_to_save=('norm',)"
+FLAGS = ["--config.lora.rank=4", "--config.optimizer.learning_rate=1e-2", "--config.optimizer.schedule=constant"]
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,9 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_its_checkpoints_hold_the_adapters
 @pytest.mark.parametrize(
     "changes",
     [
-        ["reference.mode=adapter_off"],
-        ["reference.mode=adapter_off", "reference.live=True"],
-        ["reference.live=True"],
+        ["reference.mode=adapter_off", "micro_batches=4", "remat=full"],
+        pytest.param(["reference.mode=adapter_off", "reference.live=True"], marks=pytest.mark.slow),
         ["reference.live=True", "micro_batches=2", "mesh.fsdp=2", "mesh.tensor=2"],
-        ["micro_batches=4", "remat=full"],
     ],
     ids=" ".join,
 )
@@ -180,23 +178,23 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize("quantization", list(FORMATS))
-def test_a_quantized_base_is_its_own_reference_and_comes_out_as_it_was_computed_with(
-    wide, tmp_path, quantization, capsys
-):
-    flags = [
-        *wide.flags,
-        *FLAGS,
-        f"--config.lora.quantization={quantization}",
-        "--config.lora.modules_to_save=('norm',)",
-    ]
-    found = worlds.train(tmp_path / "run", *flags, "--config.checkpoint.every=2")
+def test_a_quantized_base_is_its_own_reference(wide, tmp_path, quantization, capsys):
+    flags = [*wide.flags, *FLAGS, WHOLE, f"--config.lora.quantization={quantization}", "--config.steps=2"]
+    found = worlds.train(tmp_path, *flags)
     assert re.search(r"model: layers/q_proj/codes .* u?int8 ", capsys.readouterr().out)
     assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert found[0]["log_ratios/largest"] < 1e-4
+    before, after = (worlds.load_tensors(path) for path in (wide.model, tmp_path / "model"))
+    assert moved(before, after) == {name for name in before if "_proj" in name or name == "model.norm.weight"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", list(FORMATS))
+def test_a_quantized_base_comes_out_as_it_was_computed_with_in_every_layout(wide, tmp_path, quantization):
+    flags = [*wide.flags, *FLAGS, WHOLE, f"--config.lora.quantization={quantization}"]
+    found = worlds.train(tmp_path / "run", *flags, "--config.checkpoint.every=2")
     whole = worlds.train(tmp_path / "whole", *wide.flags, *FLAGS)
     assert worlds.deviation(worlds.column(found, "loss"), worlds.column(whole, "loss")) > 1e-4  # it is another model
-    before, after = (worlds.load_tensors(path) for path in (wide.model, tmp_path / "run" / "model"))
-    assert moved(before, after) == {name for name in before if "_proj" in name or name == "model.norm.weight"}
     live = ["--config.reference.live=True", "--config.remat=full", "--config.micro_batches=2", "--config.mesh.fsdp=2"]
     again = worlds.train(tmp_path / "live", *flags, *live, devices=2)
     np.testing.assert_allclose(worlds.column(again, "loss"), worlds.column(found, "loss"), rtol=2e-4)
@@ -214,9 +212,6 @@ def test_a_quantized_base_is_its_own_reference_and_comes_out_as_it_was_computed_
     melted = worlds.train(tmp_path / "melted", *wide.flags, *other)
     for name in ("eval/loss", "eval/logps/chosen", "eval/rewards/margins"):
         assert melted[0][name] == pytest.approx(own[name], rel=1e-4), name
-
-
-WHOLE = "--config.lora.modules_to_save=('norm',)"
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +250,9 @@ def test_the_adapter_comes_out_as_peft_stores_it_at_any_update(world, trained, t
         [],
         ["reference.live=True", "mesh.fsdp=2", "micro_batches=2"],
         ["lora.quantization=int8"],
-        ["reference.mode=ema", "reference.ema.every=1", "reference.ema.decay=0.0"],
+        pytest.param(
+            ["reference.mode=ema", "reference.ema.every=1", "reference.ema.decay=0.0"], marks=pytest.mark.slow
+        ),
     ],
     ids=" ".join,
 )
