@@ -88,7 +88,8 @@ def get_config() -> Any:
     # modules_to_save are taken
     config.lora.path = optional_text()
     config.lora.alpha = 16.0  # adapters are weighed with alpha / rank
-    # projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear
+    # projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; all-linear: all of them,
+    # in a mixture of experts those of attention
     config.lora.targets = ("all-linear",)
     config.lora.rslora = False  # weigh with alpha / √rank
     # parameters that are trained whole beside them: embed_tokens, norm, lm_head, pre_attention_norm, router, …

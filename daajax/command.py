@@ -16,7 +16,7 @@ from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
 from daajax import folder, memory
-from daajax.config import Config, every_option, resolve, restored
+from daajax.config import Config, every_option, has_adapters, resolve, restored
 from daajax.errors import UserError, one_line
 
 _USAGE = """usage: python -m daajax.{name} --config=configs/RECIPE.py[:ARGUMENT] [--workdir=DIR] [--config.key=value …]
@@ -133,8 +133,21 @@ def parse_at(argv: Sequence[str], name: str, options: Mapping[str, type]) -> tup
     if _taken("config", argv)[0]:
         raise UserError(f"daajax.{name} reads the config of the run in --workdir; give it --config.key=value alone.")
     config = restored(folder.read_config(pathlib.Path(workdir)))
+    trained = config.to_dict()
     config, values = _overridden(config, argv, options)
+    _check_adapters(workdir, dict(every_option(trained)), config)
     return config, workdir, values
+
+
+def _check_adapters(workdir: str, wanted: Mapping[str, Any], config: Config) -> None:
+    """Refuses options that would make another model of the adapters of a run, which has those that are wanted."""
+    found = dict(every_option(config.to_dict()))
+    for name in [name for name in found if name.startswith("lora.")] + ["model.dtype"] * has_adapters(config):
+        if found[name] != wanted[name]:
+            raise UserError(
+                f"config.{name}={found[name]}: the run in {workdir} was made with {wanted[name]}, and its adapters are "
+                "another model with anything else; leave it out."
+            )
 
 
 def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]) -> tuple[Config, dict[str, Any]]:

@@ -10,7 +10,7 @@ from daajax import checkpoint, command, folder, policy, run, sharding
 from daajax.config import Config, has_adapters, tokenizer_path
 from daajax.console import say
 from daajax.errors import UserError
-from daajax.models import peft, weights
+from daajax.models import directory, peft, weights
 from daajax.models.families import read_architecture
 
 FORMS = ("merged", "adapter")
@@ -41,16 +41,23 @@ def export(
     target = pathlib.Path(output or pathlib.Path(workdir) / f"{'adapter' if alone else 'model'}-{step}")
     if target.exists():
         raise UserError(f"--output={target} exists; name another directory, or remove it.")
-    base = config.model.path
-    config, _ = run.fetch_models(config, folder.read_revisions(pathlib.Path(workdir)))
+    asked = config.model.path
+    config, revisions = run.fetch_models(config, folder.read_revisions(pathlib.Path(workdir)))
     architecture = read_architecture(config.model.path, length=config.max_length)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     adapters = policy.lora_of(config, architecture)
     scorer = policy.make_scorer(config, architecture, mesh, adapters=adapters)
-    state, _ = policy.state_at(config, saved, step, scorer, (), mesh)
+    state = policy.state_at(config, saved, step, scorer, (), mesh)[0]
     words = tokenizer_path(config)
     if alone and adapters is not None:
-        peft.save(str(target), state.params, architecture, adapters, base=base, tokenizer_path=words)
+        peft.save(
+            str(target),
+            state.params,
+            architecture,
+            adapters,
+            base=directory.pinned(asked, revisions),
+            tokenizer_path=words,
+        )
     else:
         params = policy.merged(config, state.params, scorer, mesh)
         weights.save(str(target), params, architecture, model_path=config.model.path, tokenizer_path=words)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from daajax.models.digest import digest_of
 from daajax.models.lora import Lora
 from daajax.models.parameters import layer_parameters, outer_parameters
 from daajax.models.quantization import FORMATS
+from daajax.models.storage import Later
 from daajax.scoring import Scorer
 from daajax.step import TrainState
 
@@ -37,6 +39,8 @@ def lora_of(config: Config, architecture: Architecture) -> Lora | None:
         return None
     kept = {"dtype": config.model.dtype, "quantization": options.quantization}
     if options.path is not None:
+        if not pathlib.Path(options.path).is_dir():
+            raise UserError(f"lora.path={options.path} is not a directory; name that of an adapter that PEFT saved.")
         return dataclasses.replace(peft.read(options.path, architecture), **kept)
     targets = lora.targets_of(architecture, options.targets)
     names = [*outer_parameters(architecture), *layer_parameters(architecture)]
@@ -163,10 +167,9 @@ def digest(params: Params, scorer: Scorer) -> str:
 
 
 def merged(config: Config, params: Params, scorer: Scorer, mesh: Any) -> Params:
-    """The whole model that trained parameters make, adapters melted in.
+    """The whole model that trained parameters make, adapters melted in, one parameter at a time: see `lora.merged`.
 
-    What was not trained is as it is in the files that it came from, to the last bit, but for what was quantized:
-    that is what it was computed with.
+    What was neither trained nor quantized is as it is in the files that it came from, to the last bit.
 
     Args:
         config: The run's.
@@ -177,15 +180,25 @@ def merged(config: Config, params: Params, scorer: Scorer, mesh: Any) -> Params:
     Raises:
         UserError: If the base cannot be read again.
     """
-    model, adapters = scorer.model, scorer.model.lora
+    adapters, plain = scorer.model.lora, dataclasses.replace(scorer, model=scorer.model.clone(lora=None))
     if adapters is None:
         return params
-    if not config.model.random_init:
-        model = model.clone(param_dtype=weights.common_dtype(config.model.path, model.architecture))
-    base = load_base(config, dataclasses.replace(scorer, model=model.clone(lora=None)), mesh)
-    if adapters.quantization is not None:
-        base = lora.rounded(base, adapters)
+    if config.model.random_init:
+        base = jax.tree.map(Later.of, load_base(config, plain, mesh))
+    else:
+        base = weights.later(config.model.path, scorer.model.architecture, *param_layout(plain, mesh))
     return lora.merged(base, lora.split(params, adapters)[0], adapters)
+
+
+def base_of_whole(config: Config, scorer: Scorer, mesh: Any) -> Params:
+    """The base's own of those parameters that are trained whole beside adapters."""
+    adapters, (shapes, shardings) = scorer.model.lora, param_layout(dequantized(scorer), mesh)
+    shapes, shardings = lora.without(shapes), lora.without(shardings)
+    if config.model.random_init:
+        return lora.split(load_base(config, scorer, mesh), adapters)[0]
+    base = weights.later(config.model.path, scorer.model.architecture, shapes, shardings)
+    own = (lora.split(tree, adapters)[0] for tree in (base, shapes))
+    return jax.tree.map(lambda later, shape: later.make().astype(shape.dtype), *own)
 
 
 def params_at(config: Config, saved: Checkpoints, step: int, scorer: Scorer, mesh: Any) -> Params:

@@ -154,7 +154,11 @@ def make_reference_scorer(config: Config, scorer: Scorer, terms: Sequence[Term],
             f"reference.path={config.reference.path} has a vocabulary of {architecture.vocab_size}, the policy's is "
             f"{own.vocab_size}; the two must share a tokenizer."
         )
-    return policy.make_scorer(config, architecture, mesh)
+    found = policy.make_scorer(config, architecture, mesh)
+    if scorer.model.lora is None:
+        return found
+    # Nothing of it is trained, no more than of the policy's base: it is kept in the same dtype.
+    return dataclasses.replace(found, model=found.model.clone(param_dtype=found.model.dtype))
 
 
 def load_reference(
@@ -189,7 +193,8 @@ def load_reference(
     elif config.reference.mode == "adapter_off":
         what, params = config.model.path, lora.without(params)
         if config.lora.path is not None and adapters is not None and adapters.whole:
-            params = policy.load_base(config, scorer, mesh)  # the adapter brought parts of its own
+            # The adapter brought parts of its own.
+            params = lora.joined(policy.base_of_whole(config, scorer, mesh), params)
     digest = policy.digest(params, reference_scorer)
     same = digest == initial and architecture == scorer.model.architecture
     if why := why_live(config, terms):

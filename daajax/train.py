@@ -21,7 +21,7 @@ from daajax.console import Progress, say
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
 from daajax.losses.terms import Needs, bind
-from daajax.models import lora, peft, weights
+from daajax.models import directory, lora, peft, weights
 from daajax.models.architecture import describe_rope
 from daajax.models.families import read_architecture
 from daajax.models.parameters import parameter_count
@@ -81,12 +81,14 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             config.model.path, architecture, lora.without(policy.param_layout(policy.dequantized(scorer), mesh)[0])
         )
     say(
-        f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, {config.model.param_dtype}, "
-        f"computing in {config.model.dtype}; attention {scorer.attention}, remat {config.remat}"
+        f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, "
+        f"{config.model.param_dtype if adapters is None else config.model.dtype}, computing in {config.model.dtype}; "
+        f"attention {scorer.attention}, remat {config.remat}"
     )
     if fixed:
         count = sum(leaf.size for leaf in jax.tree.leaves(update.state.params))
-        say(f"lora: {count:,} parameters are trained, the others stay")
+        kept = f", projections in {adapters.quantization}" if adapters is not None and adapters.quantization else ""
+        say(f"lora: {count:,} parameters are trained, the others stay{kept}")
     for line in [*describe_rope(architecture), *sharding.describe(shapes, param_shardings)]:
         say(f"model: {line}")
 
@@ -205,22 +207,18 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         # -------------------------------------------------------------- the result
         if writer is None:  # all was done before
             folder.begin(where, asked, updates=done, revisions=revisions)
+        del beside, frozen, live  # before the weights come to be merged with
+        words = tokenizer_path(config)
+        if adapters is not None:  # first: it is small, and all that was trained
+            base = directory.pinned(asked.model.path, revisions)
+            peft.save(str(where / "adapter"), state.params, architecture, adapters, base=base, tokenizer_path=words)
         weights.save(
             str(where / "model"),
             policy.merged(config, state.params, scorer, mesh),
             architecture,
             model_path=config.model.path,
-            tokenizer_path=tokenizer_path(config),
+            tokenizer_path=words,
         )
-        if adapters is not None:
-            peft.save(
-                str(where / "adapter"),
-                state.params,
-                architecture,
-                adapters,
-                base=asked.model.path,
-                tokenizer_path=tokenizer_path(config),
-            )
         if not is_saved:
             raise UserError(
                 f"the model is in {where / 'model'}, but the last checkpoint could not be saved; make room, then start "

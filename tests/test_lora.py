@@ -16,7 +16,9 @@ from daajax.evaluate import evaluate
 from daajax.export import export
 from daajax.models import decoder, lora
 from daajax.models.families import architecture_of
+from daajax.models.parameters import is_decayed
 from daajax.models.quantization import FORMATS
+from daajax.models.storage import Later
 from daajax.ops import attention
 from tests import stores, worlds
 from tests.models.test_decoder import rows
@@ -71,8 +73,15 @@ def test_fresh_adapters_change_nothing_and_others_are_added_to_the_weights(name)
     np.testing.assert_allclose(
         hidden(model, moved), hidden(model, {**lora.without(moved), "layers": layers}), atol=2e-4
     )
-    melted = lora.merged(lora.without(moved), moved, model.lora)
+    later = lora.merged(jax.tree.map(Later.of, lora.without(moved)), lora.split(moved, model.lora)[0], model.lora)
+    melted = jax.tree.map(lambda parameter: parameter.make(), later)
     np.testing.assert_allclose(hidden(model, melted), hidden(model, moved), atol=2e-4)
+
+
+def test_weight_decay_is_for_adapters_too():
+    _, params, _ = model_of("gpt2")
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+    assert all(is_decayed(path) for path in paths if path.startswith("lora/"))
 
 
 def test_rank_stabilized_adapters_weigh_by_the_root_of_the_rank():
@@ -188,6 +197,42 @@ def test_a_quantized_base_is_its_own_reference(wide, tmp_path, quantization, cap
     assert moved(before, after) == {name for name in before if "_proj" in name or name == "model.norm.weight"}
 
 
+def test_what_is_trained_whole_is_not_quantized(wide, tmp_path):
+    parts = ["--config.lora.targets=('q_proj',)", "--config.lora.modules_to_save=('k_proj',)", "--config.steps=1"]
+    worlds.train(tmp_path, *wide.flags, *FLAGS, *parts, "--config.lora.quantization=nf4")
+    before, after = (worlds.load_tensors(path) for path in (wide.model, tmp_path / "model"))
+    name = "model.layers.0.self_attn.{}_proj.weight"
+    # AdamW's first step moves every weight by the learning rate; rounding moves by much more.
+    np.testing.assert_allclose(np.abs(after[name.format("k")] - before[name.format("k")]).max(), 1e-2, rtol=1e-2)
+    assert np.abs(after[name.format("v")] - before[name.format("v")]).max() > 1e-3
+
+
+def test_after_precompute_a_run_of_adapters_scores_nothing(wide, tmp_path, capsys):
+    first = [*wide.flags, "--config.lora.rank=4", "--config.steps=1", "--config.lora.quantization=int8"]
+    worlds.train(tmp_path / "first", *first, "--config.optimizer.learning_rate=0.1")
+    further = [*wide.flags, f"--config.lora.path={tmp_path / 'first' / 'adapter'}", "--config.lora.quantization=int8"]
+    cache = [f"--config.reference.cache_dir={tmp_path / 'cache'}", "--config.steps=1"]
+    worlds.precompute(*further, *cache)
+    assert "0 of 8 examples in the cache" in capsys.readouterr().out
+    worlds.train(tmp_path / "second", *further, *cache)
+    assert "8 of 8 examples in the cache" in capsys.readouterr().out
+    worlds.train(tmp_path / "third", *first, *cache)  # another reference: the bare base
+    assert "0 of 8 examples in the cache" in capsys.readouterr().out
+
+
+def test_the_adapter_is_there_though_the_model_cannot_be_written(world, flags, tmp_path, monkeypatch):
+    def save(*arguments, **options):
+        raise UserError("no room")
+
+    monkeypatch.setattr("daajax.models.weights.save", save)
+    with pytest.raises(UserError, match="no room"):
+        worlds.train(tmp_path, *flags, "--config.steps=1")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    monkeypatch.undo()
+    worlds.train(tmp_path, *flags, "--config.steps=1")  # the same line again writes what is lacking
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", list(FORMATS))
 def test_a_quantized_base_comes_out_as_it_was_computed_with_in_every_layout(wide, tmp_path, quantization):
@@ -229,6 +274,8 @@ def test_the_adapter_comes_out_as_peft_stores_it_at_any_update(world, trained, t
     assert (config["target_modules"], config["modules_to_save"]) == (["down_proj", "q_proj"], ["model.norm"])
     assert config["base_model_name_or_path"] == str(world.model)
     worlds.at(export, folder, "--form=adapter", f"--output={tmp_path / '5'}")
+    with pytest.raises(UserError, match=r"config\.lora\.alpha=64\.0: the run in .* was made with 16.0"):
+        worlds.at(export, folder, "--form=adapter", "--config.lora.alpha=64.0", f"--output={tmp_path / '5'}")
     again, adapter = (
         safetensors.numpy.load_file(where / "adapter_model.safetensors")
         for where in (tmp_path / "5", folder / "adapter")

@@ -89,6 +89,40 @@ def test_reference_and_tokenizer_have_addresses_of_their_own(world, hub, bucket,
     assert (tmp_path / "run" / "model" / "tokenizer.json").read_bytes() == files["tokenizer.json"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ADDRESSES)
+def test_an_adapter_has_an_address_of_its_own(world, hub, bucket, tmp_path, kind):
+    hub.push("org/model", stores.files_of(world.model))
+    flags = [*world.flags, f"--config.model.path={ADDRESSES['hub']}", "--config.steps=1"]
+    worlds.train(tmp_path / "first", *flags, "--config.lora.rank=2", "--config.optimizer.learning_rate=0.1")
+    adapter = stores.files_of(tmp_path / "first" / "adapter")
+    model_revision = json.loads((tmp_path / "first" / "revisions.json").read_text())[ADDRESSES["hub"]]
+    config = json.loads(adapter["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", model_revision)
+    hub.push("org/adapter", adapter)
+    bucket.write("a/adapter", adapter)
+    address = {"hub": "hf://org/adapter", "bucket": "gs://bucket/a/adapter"}[kind]
+    (found,) = worlds.train(tmp_path / "run", *flags, f"--config.lora.path={address}")
+    (expected,) = worlds.train(tmp_path / "same", *flags, f"--config.lora.path={tmp_path / 'first' / 'adapter'}")
+    assert found["logps/chosen"] == expected["logps/chosen"]
+    assert address in json.loads((tmp_path / "run" / "revisions.json").read_text())
+
+
+def test_sampling_from_adapters_fetches_their_base(world, tmp_path, monkeypatch):
+    from daajax import run as runs
+
+    worlds.train(tmp_path / "run", *world.flags, "--config.steps=1", "--config.lora.rank=2")
+    seen = {}
+
+    def fetch_models(config, revisions, **options):
+        seen.update(options)
+        return config, {}
+
+    monkeypatch.setattr(runs, "fetch_models", fetch_models)
+    model_of_run(Options(workdir=str(tmp_path / "run")))
+    assert seen == {"with_weights": True}
+
+
 def test_a_revision_that_is_damaged_is_named(world, tmp_path):
     flags = [*world.flags, "--config.steps=1"]
     config, _ = worlds.parse(*flags)

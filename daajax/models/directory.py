@@ -5,6 +5,7 @@ write a function as `hub.fetch` is one and give it a line in `_PLACES`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from daajax.console import say
 from daajax.errors import UserError
@@ -54,6 +55,13 @@ def fetch(address: str, option: str = "model.path", *, with_weights: bool = True
     path, now = _PLACES[scheme](address, option, with_weights=with_weights, revision=revision)
     say(f"{option}: {address} is revision {now[:12]}, in {path}")
     return Fetched(path, now)
+
+
+def pinned(address: str, revisions: Mapping[str, str]) -> str:
+    """An address of the Hub with the commit that was fetched; any other as it is."""
+    if not address.startswith("hf://") or address not in revisions:
+        return address
+    return f"{address.partition('@')[0]}@{revisions[address]}"
 
 
 _PLACES = {"gs": bucket.fetch, "hf": hub.fetch}

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from daajax.errors import UserError
 from daajax.models.architecture import Architecture
 from daajax.models.quantization import FORMATS
+from daajax.models.storage import ATTENTION, MLP, Later
 
 Tree = dict[str, Any]
 
 COLLECTION = "lora"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTENTION = PROJECTIONS[:4]
+PROJECTIONS = ATTENTION + MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,37 +106,48 @@ def without(params: Tree) -> Tree:
     return {name: value for name, value in params.items() if name != COLLECTION}
 
 
-def rounded(base: Tree, lora: Lora) -> Tree:
-    """A base with those projections that are kept quantized replaced by what their parts stand for, in their dtype."""
-    layers = dict(base["layers"])
-    for name in filter(lora.quantizes, layers):
-        layers[name] = _round(layers[name], str(lora.quantization), jnp.dtype(lora.dtype))
-    return {**base, "layers": layers}
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _round(weight: jax.Array, quantization: str, dtype: Any) -> jax.Array:
-    kept = FORMATS[quantization]
-    return kept.dequantize(kept.quantize(weight.astype(dtype)), dtype).astype(weight.dtype)
-
-
 def merged(base: Tree, trained: Tree, lora: Lora) -> Tree:
-    """The weights with their adapters melted in, in the dtype that they have; where they live does not change.
+    """The model that was trained, adapters melted into their projections, each in the dtype of the base.
+
+    Frozen projections that are kept quantized become what their parts stand for, as they were computed with.
 
     Args:
-        base: All parameters but adapters.
+        base: All parameters but adapters, each a `Later`; where they live does not change.
         trained: What `lora` leaves to train.
         lora: What the adapters are.
+
+    Returns:
+        Each parameter as a `Later`.
     """
-    adapters, params = trained[COLLECTION]["layers"], joined(without(trained), base)
-    for name in lora.targets:
-        weight, a, b = params["layers"][name], adapters[f"{name}_a"], adapters[f"{name}_b"]
-        params["layers"][name] = _melt(weight, a, b, jnp.float32(lora.scale))
-    return params
+    flat: dict[str, Any] = traverse.flatten_dict(base, sep="/")
+    own: dict[str, Any] = traverse.flatten_dict(without(trained), sep="/")
+    adapters = trained.get(COLLECTION, {}).get("layers", {})
+    for path, weight in flat.items():
+        name = path.rsplit("/", 1)[-1]
+        if lora.quantizes(path):
+            kept = functools.partial(_round, quantization=str(lora.quantization), dtype=lora.dtype)
+            flat[path] = weight = weight.then(kept)
+        if path.startswith("layers/") and name in lora.targets:
+            a, b = adapters[f"{name}_a"], adapters[f"{name}_b"]
+            flat[path] = weight.then(functools.partial(_melt, a=a, b=b, scale=jnp.float32(lora.scale)))
+    return traverse.unflatten_dict(flat | {path: Later.of(leaf) for path, leaf in own.items()}, sep="/")
+
+
+@functools.partial(jax.jit, static_argnames=("quantization", "dtype"))
+def _round(weight: jax.Array, *, quantization: str, dtype: str) -> jax.Array:
+    kept = FORMATS[quantization]
+
+    def of_layer(weight: jax.Array) -> jax.Array:
+        return kept.dequantize(kept.quantize(weight.astype(dtype)), jnp.dtype(dtype)).astype(weight.dtype)
+
+    return jax.lax.map(of_layer, weight)
 
 
 @jax.jit
 def _melt(weight: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    delta = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
-    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+    def of_layer(operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        weight, a, b = operands
+        delta = jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+
+    return jax.lax.map(of_layer, (weight, a, b))

@@ -89,7 +89,7 @@ def check(architecture: Architecture, lora: Lora) -> None:
         if tensor.columns is not None or "{expert}" in tensor.name:
             raise UserError(
                 f"{name} is trained whole, but is no module of its own in a {architecture.model_type}, as PEFT needs "
-                "it; leave it out, or export the merged model."
+                "it; leave it out."
             )
 
 
@@ -170,7 +170,13 @@ def read(path: str, architecture: Architecture) -> Lora:
 def _lora(config: PeftConfig, note: tuple[str, ...], architecture: Architecture) -> Lora:
     """What a config asks for, given the projections whose adapters lie in blocks."""
     layers, targets, ranks = range(architecture.num_hidden_layers), [], []
-    for module, parts in modules_of(architecture, note or targets_of(architecture, ["all-linear"])).items():
+    there = targets_of(architecture, ["all-linear"])
+    if foreign := [name for name in note if name not in there]:
+        raise UserError(
+            f"it has an adapter of {foreign[0]}, but a {architecture.model_type} has {', '.join(there)}; it is of "
+            "another base."
+        )
+    for module, parts in modules_of(architecture, note or there).items():
         names = [module.format(layer=layer) for layer in layers if config.targets(module.format(layer=layer))]
         if names and len(names) < len(layers):
             raise UserError(

@@ -1,12 +1,39 @@
 """How a model directory stores parameters."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A parameter that is made when it is asked for, so that a model need not be there whole.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        make: Makes it; nobody keeps it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[], jax.Array]
+
+    @classmethod
+    def of(cls, array: jax.Array) -> "Later":
+        """One that is there."""
+        return cls(array.shape, array.dtype, lambda: array)
+
+    def then(self, change: Callable[[jax.Array], jax.Array]) -> "Later":
+        """The same, changed once it is made."""
+        return dataclasses.replace(self, make=lambda: change(self.make()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
 from daajax.models.architecture import Architecture
 from daajax.models.families import FAMILIES
-from daajax.models.storage import Tensor
+from daajax.models.storage import Later, Tensor
 from daajax.models.tensor_files import FLOATS, INDEX, SINGLE, Directory, differ, once
 
 Params = dict[str, Any]
@@ -64,10 +64,36 @@ def load(
         flat_shapes, flat_shardings = _flat(shapes), _flat(shardings)
         params = {}
         for name, shape in flat_shapes.items():
-            read = _reader(directory, stored[name], shape)
-            read_in = jax.make_array_from_callback(shape.shape, flat_shardings[name], read)
-            params[name] = jax.block_until_ready(keep(name, read_in))
+            read = _placed(directory, stored[name], shape, flat_shardings[name])
+            params[name] = jax.block_until_ready(keep(name, read))
     return traverse.unflatten_dict(params, sep="/")
+
+
+def later(path: str, architecture: Architecture, shapes: Params, shardings: Params) -> Params:
+    """A model directory's parameters, each read when it is asked for, in the dtype of its tensors.
+
+    Where they have several, or float64, it is float32. Arguments and errors are those of `load`.
+    """
+    check(path, architecture, shapes)
+    dtypes, stored, where = _dtypes(path, architecture), _stored(architecture), _flat(shardings)
+
+    def one(name: str, shape: tuple[int, ...]) -> Later:
+        found = {np.dtype(dtypes[tensor.name]) for tensor in stored[name].tensors}
+        dtype = found.pop() if len(found) == 1 and np.dtype(np.float64) not in found else np.dtype(np.float32)
+
+        def make() -> jax.Array:
+            with Directory(path) as directory:
+                own = _stored(architecture, directory)[name]
+                return jax.block_until_ready(_placed(directory, own, jax.ShapeDtypeStruct(shape, dtype), where[name]))
+
+        return Later(shape, dtype, make)
+
+    return traverse.unflatten_dict({name: one(name, leaf.shape) for name, leaf in _flat(shapes).items()}, sep="/")
+
+
+def _placed(directory: Directory, stored: "_Stored", shape: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
+    """A parameter, read to where it lives."""
+    return jax.make_array_from_callback(shape.shape, where, _reader(directory, stored, shape))
 
 
 def check(path: str, architecture: Architecture, shapes: Params) -> None:
@@ -212,7 +238,7 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
 
     Args:
         path: Directory to make; an existing one is replaced.
-        params: The parameters.
+        params: The parameters; those that are made later are, one at a time.
         architecture: What they are of.
         model_path: Directory the model came from.
         tokenizer_path: Directory the tokenizer came from.
@@ -244,12 +270,6 @@ def _forget_code(file: pathlib.Path) -> None:
         say(f"{file.name}: auto_map is left out, since the code that it names is not carried along")
 
 
-def common_dtype(path: str, architecture: Architecture) -> Any:
-    """A dtype that holds every value of a directory's tensors: their own, or float32."""
-    found = set(map(np.dtype, _dtypes(path, architecture).values()))
-    return found.pop() if len(found) == 1 and not found & {np.dtype(np.float64)} else np.dtype(np.float32)
-
-
 def _dtypes(model_path: str, architecture: Architecture) -> dict[str, Any]:
     """Dtype of each stored tensor; empty where the directory holds no weights."""
     if not any((pathlib.Path(model_path) / name).is_file() for name in (SINGLE, INDEX)):
@@ -265,7 +285,7 @@ def tensors(
     """The tensors of a model directory, one at a time, on the host.
 
     Args:
-        params: The parameters, or anything of their shapes.
+        params: The parameters, or anything of their shapes; those that are made later are, one at a time.
         architecture: What they are of.
         dtypes: Of each tensor; one that is not there keeps its own, as does one that its dtype cannot hold.
     """
@@ -274,8 +294,9 @@ def tensors(
     for name, stored in _stored(architecture).items():
         parts.setdefault(stored.pattern, []).append((name, stored))
     for shared in parts.values():
+        there = {name: flat[name].make() if isinstance(flat[name], Later) else flat[name] for name, _ in shared}
         for number, index in enumerate(np.ndindex(shared[0][1].stacks)):
-            values = [(stored.tensors[number], np.asarray(flat[name][index])) for name, stored in shared]
+            values = [(stored.tensors[number], np.asarray(there[name][index])) for name, stored in shared]
             tensor, value = values[0]
             if tensor.columns is not None:
                 shape = whole[shared[0][0]]

@@ -131,7 +131,7 @@ def ours(tmp_path, name, adapters, params):
     """The same by our own merging."""
     path = oracle.write_model(tmp_path / "base", oracle.MODELS[name])
     shapes, shardings = layout(name, None, ONE)
-    base = weights.load(path, architecture_of(oracle.MODELS[name]), shapes, shardings)
+    base = weights.later(path, architecture_of(oracle.MODELS[name]), shapes, shardings)
     whole = lora.merged(base, params, adapters)
     return dict(weights.tensors(whole, architecture_of(oracle.MODELS[name])))
 
@@ -467,6 +467,9 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, change, words):
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     folder = saved(tmp_path, "llama2", lora_of("llama2", ["q_proj"]))
     refused(folder, "gpt2", "names no projection of a gpt2")
+    for other in ("gpt2", "gpt_neox", "mixtral", "nemotron"):
+        whole = saved(tmp_path / other, "llama2", lora_of("llama2"))
+        refused(whole, other, "it has an adapter of", "it is of another base")
     refused(folder, "head_dim", "has shape (32, 4)", "(96, 4)")
 
 

@@ -19,6 +19,7 @@ from daajax.models import decoder, lora, peft, weights
 from daajax.models.architecture import for_length
 from daajax.models.families import read_architecture
 from daajax.models.lora import Lora
+from daajax.models.storage import Later
 from daajax.scoring import Scorer, response_sums
 from tests import worlds
 from tests.models.test_families import tokenized
@@ -175,7 +176,11 @@ def test_what_we_write_scores_in_peft_and_merged_in_transformers_as_here(tmp_pat
     peft.save(folder, trained, architecture, scorer.model.lora, base=path, tokenizer_path=path)
     assert_same_in_peft(found, path, folder, data)
     weights.save(
-        merged, lora.merged(base, trained, scorer.model.lora), architecture, model_path=path, tokenizer_path=path
+        merged,
+        lora.merged(jax.tree.map(Later.of, base), trained, scorer.model.lora),
+        architecture,
+        model_path=path,
+        tokenizer_path=path,
     )
     assert_close(found, torch_scores(oracle.torch_model(merged), data))
 
@@ -249,6 +254,10 @@ def test_pairs_of_a_real_model_score_in_peft_and_merged_in_transformers_as_here(
     # Float32 against float64 at up to −700 nats a response, as in tests/test_golden_logps.py.
     assert_same_in_peft(found, path, folder, data, 1e-3)
     weights.save(
-        merged, lora.merged(base, trained, scorer.model.lora), architecture, model_path=path, tokenizer_path=path
+        merged,
+        lora.merged(jax.tree.map(Later.of, base), trained, scorer.model.lora),
+        architecture,
+        model_path=path,
+        tokenizer_path=path,
     )
     assert_close(found, torch_scores(oracle.torch_model(merged), data), 1e-3)
