@@ -97,14 +97,13 @@ def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None
         mesh: The mesh.
         random_seed: Draws fresh parameters from it instead of reading them.
     """
-    plain = dequantized(scorer)
-    shapes, shardings = (lora.without(tree) for tree in param_layout(plain, mesh))
+    shapes, shardings = base_layout(scorer, mesh)
     keep = _quantizer(scorer, mesh)
     if random_seed is None:
         return weights.load(path, scorer.model.architecture, shapes, shardings, keep)
 
     def draw(key: jax.Array) -> Params:
-        drawn = decoder.init_params(plain.model.clone(lora=None), key)
+        drawn = decoder.init_params(scorer.model.clone(lora=None), key)
         return jax.tree.map(lambda x, shape: x.astype(shape.dtype), drawn, shapes)
 
     drawn = jax.jit(draw, out_shardings=shardings)(jax.random.key(random_seed))
@@ -112,10 +111,12 @@ def load_params(path: str, scorer: Scorer, mesh: Any, *, random_seed: int | None
     return traverse.unflatten_dict({path: keep(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
-def dequantized(scorer: Scorer) -> Scorer:
-    """The same model with no weight quantized."""
+def base_layout(scorer: Scorer, mesh: Any) -> tuple[Params, Params]:
+    """As `param_layout`, of a model directory: without adapters, and with no weight quantized."""
     adapters = scorer.model.lora and dataclasses.replace(scorer.model.lora, quantization=None)
-    return dataclasses.replace(scorer, model=scorer.model.clone(lora=adapters))
+    whole = dataclasses.replace(scorer, model=scorer.model.clone(lora=adapters))
+    shapes, shardings = param_layout(whole, mesh)
+    return lora.without(shapes), lora.without(shardings)
 
 
 def _quantizer(scorer: Scorer, mesh: Any) -> Callable[[str, jax.Array], Any]:
@@ -192,8 +193,7 @@ def merged(config: Config, params: Params, scorer: Scorer, mesh: Any) -> Params:
 
 def base_of_whole(config: Config, scorer: Scorer, mesh: Any) -> Params:
     """The base's own of those parameters that are trained whole beside adapters."""
-    adapters, (shapes, shardings) = scorer.model.lora, param_layout(dequantized(scorer), mesh)
-    shapes, shardings = lora.without(shapes), lora.without(shardings)
+    adapters, (shapes, shardings) = scorer.model.lora, base_layout(scorer, mesh)
     if config.model.random_init:
         return lora.split(load_base(config, scorer, mesh), adapters)[0]
     base = weights.later(config.model.path, scorer.model.architecture, shapes, shardings)

@@ -75,19 +75,17 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
     shapes, param_shardings = policy.param_layout(scorer, mesh)
     update = run.make_update(config, scorer, reference_scorer, terms, updates=plan.updates)
-    homes, fixed = sharding.homes(update.state), update.beside.frozen
+    homes = sharding.homes(update.state)
     if not config.model.random_init:
-        weights.check(
-            config.model.path, architecture, lora.without(policy.param_layout(policy.dequantized(scorer), mesh)[0])
-        )
+        weights.check(config.model.path, architecture, policy.base_layout(scorer, mesh)[0])
     say(
         f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, "
         f"{config.model.param_dtype if adapters is None else config.model.dtype}, computing in {config.model.dtype}; "
         f"attention {scorer.attention}, remat {config.remat}"
     )
-    if fixed:
+    if adapters is not None:
         count = sum(leaf.size for leaf in jax.tree.leaves(update.state.params))
-        kept = f", projections in {adapters.quantization}" if adapters is not None and adapters.quantization else ""
+        kept = f", projections in {adapters.quantization}" if adapters.quantization else ""
         say(f"lora: {count:,} parameters are trained, the others stay{kept}")
     for line in [*describe_rope(architecture), *sharding.describe(shapes, param_shardings)]:
         say(f"model: {line}")
@@ -105,7 +103,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     # ------------------------------------------------------------------ reference, then its weights are gone
     resumes = done > 0
     params, reference, live, columns = {}, None, {}, [{}] * len(sets)
-    if config.reference.mode != "none" or not resumes or fixed:
+    if config.reference.mode != "none" or not resumes or adapters is not None:
         params = policy.load_initial_params(config, scorer, mesh)
     if config.reference.mode != "none":
         reference = run.load_reference(config, sets, scorer, reference_scorer, params, terms, mesh)
@@ -124,7 +122,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     origin = checkpoint.Record(data=data.digest, model="")
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
-    elif fixed:
+    elif adapters is not None:
         origin = dataclasses.replace(origin, model=policy.digest_at_start(config, params, scorer))
     params, frozen = lora.split(params, adapters)
     beside = step.Beside(frozen, live)
@@ -148,6 +146,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         if is_live:
             known = step.Live.beside(scorer, reference_scorer, beside.at(state))
             first |= step.known_of_reference(known, first, Needs.of(terms), keys=keys)
+            del known  # it would keep the weights
         expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
         del first
 

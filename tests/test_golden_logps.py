@@ -3,20 +3,16 @@
 import json
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from daajax import sharding
-from daajax.data.batches import Batches
-from daajax.data.packing import pack
-from daajax.data.sizes import Sizes
 from daajax.data.token_cache import tokenized
-from daajax.data.windows import sweep_windows
 from daajax.models import decoder, weights
 from daajax.models.families import read_architecture
-from daajax.scoring import Scorer, response_sums
+from daajax.scoring import Scorer
+from tests.responses import response_logps
 
 PAIRS = 64
 DATA, FSDP = dict(data=8, fsdp=1, tensor=1), dict(data=1, fsdp=8, tensor=1)
@@ -49,23 +45,7 @@ def scored(assets, data, mesh, dtype, *, packed, shared):
     )
     shapes, axes = decoder.abstract_params(scorer.model)
     params = weights.load(path, scorer.model.architecture, shapes, sharding.param_shardings(mesh, shapes, axes))
-    sizes = Sizes.of(data, prefix_sharing=shared)
-    windows = sweep_windows(sizes, batch_size=32)
-    plan = pack(windows, sizes, packing=packed, micro_batches=1, row_multiple=sharding.row_multiple(mesh))
-    shape = plan.shape(0)
-
-    @jax.jit
-    def responses(params, batch):
-        logps = scorer.token_logps(params, batch, keys=shape.keys)
-        return response_sums(logps, batch["owners"], slots=shape.slots, responses=2)
-
-    found = np.full((PAIRS, 2), np.nan)
-    for batch in Batches(data, plan):
-        part = {key: value[0] for key, value in batch.items()}
-        sums = np.asarray(responses(params, sharding.place(mesh, part, ("rows",))))
-        real = part["ids"] >= 0
-        found[part["ids"][real]] = sums[real]
-    return found
+    return response_logps(scorer, params, data, packed=packed, shared=shared)
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,18 @@ import numpy as np
 import pytest
 
 from daajax import sharding
-from daajax.data.batches import Batches
-from daajax.data.packing import pack
-from daajax.data.sizes import Sizes
 from daajax.data.token_cache import tokenized as tokenize
-from daajax.data.windows import sweep_windows
 from daajax.errors import UserError
 from daajax.models import decoder, lora, peft, weights
 from daajax.models.architecture import for_length
 from daajax.models.families import read_architecture
 from daajax.models.lora import Lora
 from daajax.models.storage import Later
-from daajax.scoring import Scorer, response_sums
+from daajax.scoring import Scorer
 from tests import worlds
 from tests.models.test_families import tokenized
 from tests.oracle import make_values as oracle
+from tests.responses import response_logps
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make setup-oracle")
 theirs = pytest.importorskip("peft", reason="peft is not installed: make setup-oracle")
@@ -84,27 +81,6 @@ def read_and_load(path, folder):
     return scorer, peft.load(folder, scorer.model.architecture, scorer.model.lora, *layout(scorer))
 
 
-def our_scores(scorer, params, data):
-    """Log-prob of every response, nats: [examples, responses]."""
-    sizes, count = Sizes.of(data, prefix_sharing=True), len(data.weights)
-    windows = sweep_windows(sizes, batch_size=16)
-    plan = pack(windows, sizes, packing=True, micro_batches=1, row_multiple=sharding.row_multiple(scorer.mesh))
-    shape = plan.shape(0)
-
-    @jax.jit
-    def responses(params, batch):
-        logps = scorer.token_logps(params, batch, keys=shape.keys)
-        return response_sums(logps, batch["owners"], slots=shape.slots, responses=2)
-
-    found = np.full((count, 2), np.nan)
-    for batch in Batches(data, plan):
-        part = {key: value[0] for key, value in batch.items()}
-        sums = np.asarray(responses(params, sharding.place(scorer.mesh, part, ("rows",))))
-        real = part["ids"] >= 0
-        found[part["ids"][real]] = sums[real]
-    return found
-
-
 def torch_scores(model, data):
     """The same by torch, every response alone behind its prompt."""
     found = np.zeros((len(data.weights), 2))
@@ -141,6 +117,16 @@ def assert_same_in_peft(found, path, folder, data, tolerance=1e-4):
         assert np.median(np.abs(found - torch_scores(model, data))) > 100 * tolerance
 
 
+def assert_written_scores(found, tmp_path, path, scorer, base, trained, data, tolerance=1e-4):
+    """What we write of trained parameters scores as found: as an adapter in PEFT, and merged in transformers."""
+    folder, merged, architecture = str(tmp_path / "adapter"), str(tmp_path / "merged"), scorer.model.architecture
+    peft.save(folder, trained, architecture, scorer.model.lora, base=path, tokenizer_path=path)
+    assert_same_in_peft(found, path, folder, data, tolerance)
+    whole = lora.merged(jax.tree.map(Later.of, base), trained, scorer.model.lora)
+    weights.save(merged, whole, architecture, model_path=path, tokenizer_path=path)
+    assert_close(found, torch_scores(oracle.torch_model(merged), data), tolerance)
+
+
 CASES = [
     ("llama2", ["all-linear"], {"rslora": True, "whole": ("lm_head", "norm")}),
     ("llama31", ["q_proj", "v_proj"], {"whole": ("embed_tokens",)}),
@@ -171,18 +157,8 @@ def test_what_we_write_scores_in_peft_and_merged_in_transformers_as_here(tmp_pat
     scorer = scorer_of(path, Lora(4, 6.0, lora.targets_of(architecture, targets), **options))
     base = load_base(path, scorer)
     trained = moved(base, drawn(scorer))
-    found = our_scores(scorer, lora.joined(trained, base), data)
-    folder, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
-    peft.save(folder, trained, architecture, scorer.model.lora, base=path, tokenizer_path=path)
-    assert_same_in_peft(found, path, folder, data)
-    weights.save(
-        merged,
-        lora.merged(jax.tree.map(Later.of, base), trained, scorer.model.lora),
-        architecture,
-        model_path=path,
-        tokenizer_path=path,
-    )
-    assert_close(found, torch_scores(oracle.torch_model(merged), data))
+    found = response_logps(scorer, lora.joined(trained, base), data)
+    assert_written_scores(found, tmp_path, path, scorer, base, trained, data)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +198,7 @@ def test_what_peft_writes_scores_here_as_there(tmp_path, name, options):
 
     scorer, trained = read_and_load(path, folder)
     base = load_base(path, scorer)
-    assert_same_in_peft(our_scores(scorer, lora.joined(trained, base), data), path, folder, data)
+    assert_same_in_peft(response_logps(scorer, lora.joined(trained, base), data), path, folder, data)
 
 
 def test_an_embedding_that_peft_trained_apart_from_its_head_is_refused(tmp_path):
@@ -247,17 +223,7 @@ def test_pairs_of_a_real_model_score_in_peft_and_merged_in_transformers_as_here(
     scorer = scorer_of(path, Lora(8, 16.0, lora.targets_of(architecture, ["all-linear"])), length=512)
     base = load_base(path, scorer)
     trained = jax.tree.map(lambda x: 0.3 * x, drawn(scorer))
-    found = our_scores(scorer, lora.joined(trained, base), data)
+    found = response_logps(scorer, lora.joined(trained, base), data)
     assert found.shape == (64, 2)
-    folder, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
-    peft.save(folder, trained, architecture, scorer.model.lora, base=path, tokenizer_path=path)
     # Float32 against float64 at up to −700 nats a response, as in tests/test_golden_logps.py.
-    assert_same_in_peft(found, path, folder, data, 1e-3)
-    weights.save(
-        merged,
-        lora.merged(jax.tree.map(Later.of, base), trained, scorer.model.lora),
-        architecture,
-        model_path=path,
-        tokenizer_path=path,
-    )
-    assert_close(found, torch_scores(oracle.torch_model(merged), data), 1e-3)
+    assert_written_scores(found, tmp_path, path, scorer, base, trained, data, 1e-3)
