@@ -1,6 +1,7 @@
 """Memory of one update of Llama 3.1 8B on chips that are not there, from XLA's own compilation for them.
 
     make memory                                             # the table
+    make memory ARGS=--record                               # what tests hold the step to: benchmarks/results/peaks.json
     python -m benchmarks.memory --chips=v5e:2x2 --rank=16   # one line of it; see Makefile for what must be set
 
 An update of DPO with the reference cached, float32 AdamW, computing in bfloat16; rows hold four pairs each, prompts a
@@ -9,75 +10,25 @@ base, else everything. Nothing is timed: without the chips there is no tuning of
 """
 
 import argparse
+import ast
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import topologies
 
 from configs import base
-from daajax import policy, run, sharding
 from daajax.config import losses, resolve
-from daajax.data.batches import Batches
-from daajax.data.packing import pack
-from daajax.data.sizes import Sizes
-from daajax.data.tokens import Ids, TokenizedData
+from daajax.data.tokens import TokenizedData
 from daajax.losses.terms import bind
 from daajax.models.families import architecture_of
+from daajax.planning import assumed, layouts, topologies
+from daajax.planning.shapes import SHAPES
 
-LLAMA = {  # Llama 3.1 8B
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
-
-# What XLA asks a GPU for; the memory is what an H200 reports.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 150754820096
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
-"""
+LLAMA = SHAPES["llama-3.1-8b"]
+MODELS = {"8b": LLAMA, "1b": SHAPES["llama-3.2-1b"]}
 
 TABLE = (  # chips, rank, quantization, remat, rows a chip
     ("v5e:2x2", 16, None, "full", 1),
@@ -91,59 +42,71 @@ TABLE = (  # chips, rank, quantization, remat, rows a chip
     ("h200:1", 16, "int8", "none", 2),
     ("h200:1", 16, "nf4", "none", 2),
     ("h200:8", 0, None, "full", 2),
+    ("h200:8", 0, None, "save_attention", 2),
+    ("h200:8", 0, None, "save_except_mlp", 2),
+    ("h200:8", 0, None, "dots", 2),
     ("h200:8", 0, None, "none", 2),
 )
 
 
-def described(chips: str) -> tuple[Sequence[Any], dict[str, Any]]:
-    """Devices that need not be there, and what their compiler is told.
-
-    Args:
-        chips: A topology of TPUs as XLA names it, such as `v5e:2x2`, or so many GPUs of one host, `h200:8`.
-    """
-    kind, count = chips.split(":")
-    if kind != "h200":
-        return topologies.get_topology_desc(platform="tpu", topology_name=chips).devices, {}
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{count}")
-    return topology.devices, {"xla_gpu_autotune_level": "0"}  # which would run kernels
+PEAKS = pathlib.Path(__file__).parent / "results" / "peaks.json"
+RECORDED: dict[str, dict[str, Any]] = {  # programs whose peak is held: arguments of `measure`
+    "1b, all, remat none, on h200:8": dict(chips="h200:8", model="1b", rank=0, remat="none", rows=2),
+    "8b, all, remat none, on h200:8": dict(chips="h200:8", model="8b", rank=0, remat="none", rows=2),
+    "8b, rank 16, remat full, on v5e:2x2": dict(chips="v5e:2x2", model="8b", rank=16, remat="full", rows=2),
+}
 
 
 def make_data(pairs: int, length: int) -> TokenizedData:
     """Pairs of `length` tokens each."""
     response = 3 * length // 8
-    lengths = np.tile(np.array([[length - 2 * response, response, response]], np.int32), (pairs, 1))
-    return TokenizedData(
-        tokens=np.ones(pairs * length, np.int32),
-        scored=np.repeat(np.tile([False, True, True], pairs), lengths.ravel()),
-        starts=np.arange(pairs + 1, dtype=np.int64) * length,
-        lengths=lengths,
-        weights=np.ones(pairs, np.float32),
-        ids=Ids.of([str(pair) for pair in range(pairs)]),
-        counters={},
-        notices=[],
-        digest="",
-    )
+    return assumed.make_data((length - 2 * response, response, response), pairs)
 
 
 def lower(
-    chips: str, *, rank: int, quantization: str | None, remat: str, rows: int, length: int
+    chips: str,
+    *,
+    rank: int,
+    quantization: str | None,
+    remat: str,
+    rows: int,
+    length: int,
+    options: Sequence[str] = (),
+    model: str = "8b",
+    attention: str = "auto",
 ) -> tuple[jax.stages.Lowered, Any]:
-    """The update for these chips, parameters cut up over all of them, and the options to compile it with."""
-    devices, options = described(chips)
+    """The update for these chips, parameters cut up over all of them, and what to compile it with.
+
+    `options` are those of a run that differ besides, `optimizer.offload=True`.
+    """
+    topology = topologies.describe(chips)
     config = base.get_config()
     config.model.path, config.data.path = "Llama-3.1-8B", "pairs"
     config.lora.rank, config.lora.quantization, config.remat, config.steps = rank, quantization, remat, 1
-    config.max_length, config.batch_size = length, 4 * rows * len(devices)
+    config.attention = attention
+    config.max_length, config.batch_size = length // 4, 4 * rows * len(topology.devices)
+    config.packing.row_length = str(length)
+    for option in options:
+        name, _, value = option.partition("=")
+        config.update_from_flattened_dict({name: ast.literal_eval(value)})
     config = resolve(config)
-    terms, architecture = bind(losses(config)), architecture_of(LLAMA)
-    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    scorer = policy.make_scorer(config, architecture, mesh, adapters=policy.lora_of(config, architecture))
-    update = run.make_update(config, scorer, scorer, terms, updates=config.steps)
+    terms, architecture = bind(losses(config)), architecture_of(MODELS[model])
     data = make_data(config.batch_size, length // 4)
-    windows, sizes = np.arange(config.batch_size)[None], Sizes.of(data, prefix_sharing=True)
-    plan = pack(windows, sizes, packing=True, micro_batches=1, row_multiple=len(devices), row_length=length)
-    batch = Batches(data, plan, np.zeros(len(data.tokens), np.float32))[0]
-    return update.lower(batch, keys=plan.shape(0).keys), options
+    layout = layouts.make_layout(layouts.Subject(architecture, terms, data, topology, model), config)
+    return layout.lower_update(), dict(topology.compiler_options)
+
+
+def peak(numbers: Mapping[str, Any]) -> int:
+    """Bytes a chip, of what `measure` found."""
+    return numbers["arguments"] + numbers["temporaries"] + numbers["outputs"]
+
+
+def record() -> None:
+    """Measures what is recorded anew."""
+    rest = dict(quantization=None, length=4096)
+    found = {name: peak(measure(None, **{**shape, **rest})) for name, shape in RECORDED.items()}
+    PEAKS.write_text(json.dumps(found, indent=2) + "\n")
+    print(PEAKS.read_text())
 
 
 def measure(folder: pathlib.Path | None, chips: str, **shape: Any) -> dict[str, Any]:
@@ -154,6 +117,7 @@ def measure(folder: pathlib.Path | None, chips: str, **shape: Any) -> dict[str, 
     found: Any = compiled.memory_analysis()
     numbers = dict(
         arguments=found.argument_size_in_bytes,
+        on_hosts=found.host_argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         outputs=found.output_size_in_bytes - found.alias_size_in_bytes,  # those that take no argument's place
         seconds=time.perf_counter() - began,
@@ -172,17 +136,28 @@ def main() -> None:
     parser.add_argument("--chips", help="one line of the table: v5e:2x2, h200:8, …")
     parser.add_argument("--rank", type=int, default=0, help="of adapters; 0: everything is trained")
     parser.add_argument("--quantization", help="of the base under adapters: int8, nf4; not given: bfloat16")
+    parser.add_argument("--model", choices=MODELS, default="8b")
+    parser.add_argument("--attention", default="auto", help="auto: the one for these chips")
     parser.add_argument("--remat", default="full")
     parser.add_argument("--rows", type=int, default=1, help="rows a chip")
     parser.add_argument("--length", type=int, default=4096, help="tokens a row")
+    parser.add_argument("--option", action="append", default=[], help="of a run: optimizer.offload=True, …")
     parser.add_argument("--output", type=pathlib.Path, help="folder for numbers.json, lowered.txt, compiled.txt")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/peaks.json")
     given = parser.parse_args()
+    if given.record:
+        record()
+        return
     asked = (given.chips, given.rank, given.quantization, given.remat, given.rows)
-    print(f"{time.strftime('%Y-%m-%d')}, jax {jax.__version__}, rows of {given.length} tokens, GiB a chip\n")
+    today, what = time.strftime("%Y-%m-%d"), f"{given.model}, rows of {given.length} tokens"
+    print(f"{today}, jax {jax.__version__}, {what}, GiB a chip\n")
     print("| chips | trained | base | remat | rows a chip | arguments | temporaries | together | compiled in s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for chips, rank, quantization, remat, rows in [asked] if given.chips else TABLE:
-        shape = dict(rank=rank, quantization=quantization, remat=remat, rows=rows, length=given.length)
+        shape: dict[str, Any] = dict(
+            rank=rank, quantization=quantization, remat=remat, rows=rows, length=given.length, options=given.option
+        )
+        shape |= dict(model=given.model, attention=given.attention)
         frozen = quantization or "bfloat16"
         cells = [chips, f"rank {rank}" if rank else "all", frozen if rank else "", remat, str(rows)]
         try:

@@ -30,7 +30,7 @@ def make_data(mix: str, *, examples: int, seed: int) -> TokenizedData:
     flat = lengths.ravel()
     scored = np.repeat(np.tile([False, True, True], examples), flat)
     return TokenizedData(
-        tokens=random.integers(1, 500, flat.sum()).astype(np.int32),
+        tokens=random.integers(1, 500, flat.sum(), dtype=np.int32),
         scored=scored,
         starts=np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))]),
         lengths=lengths,

@@ -155,15 +155,30 @@ def get_config() -> Any:
     config.optimizer.b2 = optional_float()  # decay of squares, in [0, 1); None: the optimizer's default (all but sgd)
     config.optimizer.eps = optional_float()  # > 0; None: the optimizer's default (adamw, rmsprop, adafactor)
     config.optimizer.max_grad_norm = optional_float()  # global norm that gradients are clipped to; None: not clipped
+    # dtype that the first moment is kept in: bfloat16; None: float32 (adamw, lion, sgd with b1)
+    config.optimizer.mu_dtype = optional_text()
+    # True: the optimizer's moments lie in the hosts' memory and come to the devices, all at once, when the parameters
+    # are stepped (adamw, rmsprop, lion, sgd with b1)
+    config.optimizer.offload = False
 
     config.mesh = config_dict.ConfigDict()  # devices on each axis; -1 on one of them takes the rest
     config.mesh.data = 1  # replicas of the model
     config.mesh.fsdp = -1  # parameters and optimizer state cut up, gathered a layer at a time
     config.mesh.tensor = 1  # heads and MLP cut up
 
-    # auto: the best for the platform; blockwise: visits only visible keys; dense: builds the whole mask, the oracle
+    # auto: the one for the platform, with why in the log; splash: a kernel for TPUs; cudnn: NVIDIA GPUs in bfloat16;
+    # blockwise: plain XLA, anywhere; dense: builds the whole mask, the oracle. One that does not serve is an error
     config.attention = "auto"
-    config.remat = "none"  # what the backward pass recomputes: none (fastest), dots, full (least memory)
+    # how the vocabulary projection is gone through: frozen (2 products of its size; where it is not trained), row (3;
+    # where the loss takes each row by itself; holds a row's logits), token (4; always); auto: the fewest that fit
+    config.head = "auto"
+    # what the backward pass keeps of a layer, in the order of memory: none (recomputes no product), dots (recomputes
+    # attention), save_except_mlp, save_attention, full (recomputes all); README has the table
+    config.remat = "none"
+    # what XLA's compiler is told of the update and the reference pass: ('latency_hiding', …), sets of
+    # daajax/compiler_options.py, or single options of its own, 'xla_gpu_enable_pipelined_all_gather=true'; measure
+    # before you keep any
+    config.compiler_options = ()
 
     config.eval = config_dict.ConfigDict()
     config.eval.every = optional_int()  # updates between evaluations on eval_data; None: only after the last one
@@ -179,6 +194,15 @@ def get_config() -> Any:
 
     config.log = config_dict.ConfigDict()
     config.log.every = 10  # updates
+    # FLOP/s of a device that `mfu` is measured against; None: what is published of the chip in bfloat16, or no `mfu`
+    config.peak_flops = optional_float()
+    # a jax.profiler trace of some updates, in the run's folder under profile/
+    config.profile = config_dict.ConfigDict()
+    config.profile.start = optional_int()  # number of the first one, counted from 1 as in the log; None: no trace
+    config.profile.steps = 3  # how many
     # stop if policy and reference disagree on the first update of a run where they are the same
     config.check_first_loss = True
+    # end the process with exit code 43, and write what every thread was doing to stacks/ in the run's folder, when no
+    # update ends for so many minutes, as where a network hangs; a launcher starts it again. 0.0: never
+    config.watchdog_minutes = 60.0
     return config.lock()

@@ -9,6 +9,7 @@ it said.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from daajax import processes, sharding
 from daajax.console import say
 from daajax.errors import UserError, one_line
 from daajax.models.digest import digests_of
@@ -86,9 +88,13 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Updates that there is a checkpoint of, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+        def found() -> list[int]:
+            if not self.folder.is_dir():
+                return []
+            return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+        return processes.from_first(found)  # other hosts may still see the folder as it was
 
     def choose(self, step: int | None) -> int:
         """The update that a command asks for: itself, 0 for the initial policy, or None for the latest checkpoint.
@@ -132,8 +138,7 @@ class Checkpoints:
             **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
             record=ocp.args.JsonSave({"content": _json(record), "sha256": _sha256(_json(record))}),
         )
-        with self._going_on(step):
-            self._manager.save(step, args=items)
+        if self._succeeds(step, lambda: self._manager.save(step, args=items)):
             self._in_background = step
         if wait:
             self._settle()
@@ -247,10 +252,7 @@ class Checkpoints:
                 damaged[step] = reason
                 continue
             for bad, reason in damaged.items():
-                self._aside.mkdir(exist_ok=True)
-                copies = len(list(self._aside.glob(f"{bad}*")))
-                aside = self._aside / (f"{bad}-{copies + 1}" if copies else str(bad))
-                (self.folder / str(bad)).rename(aside)
+                aside = processes.from_first(functools.partial(self._set_aside, bad))
                 say(f"checkpoint of update {bad} is damaged ({reason}): set aside as {aside}")
             return step, state
         # All stay where they are: without them the same command would begin from update 1.
@@ -258,6 +260,14 @@ class Checkpoints:
         raise UserError(
             f"every checkpoint in {self.folder} is damaged: {reasons}; name another --workdir to begin again."
         )
+
+    def _set_aside(self, step: int) -> str:
+        """Moves a damaged checkpoint out of the way; gives its new place."""
+        self._aside.mkdir(exist_ok=True)
+        copies = len(list(self._aside.glob(f"{step}*")))
+        aside = self._aside / (f"{step}-{copies + 1}" if copies else str(step))
+        (self.folder / str(step)).rename(aside)
+        return str(aside)
 
     @contextlib.contextmanager
     def _must_be_sound(self, step: int) -> Iterator[None]:
@@ -272,37 +282,42 @@ class Checkpoints:
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._opened is None:
-            self._opened = ocp.CheckpointManager(self.folder.absolute(), options=self._options)
+            self._opened = _Manager(self.folder.absolute(), options=self._options)
         return self._opened
 
     def _settle(self) -> None:
         """Waits for the save in the background."""
         if self._in_background is not None:
             step, self._in_background = self._in_background, None
-            with self._going_on(step):
-                self._manager.wait_until_finished()
+            if self._succeeds(step, lambda: self._manager.wait_until_finished()):
                 self._failures = 0
 
-    @contextlib.contextmanager
-    def _going_on(self, step: int) -> Iterator[None]:
-        """Lets a save fail, up to `FAILURES` times in a row, and removes what it left behind."""
+    def _succeeds(self, step: int, act: Callable[[], object]) -> bool:
+        """Does a part of a save, which may fail up to `FAILURES` times in a row; what a failure leaves is removed."""
+        failure = None
         try:
-            yield
+            act()
         except Exception as error:  # Orbax and TensorStore raise whatever the file system makes of it
-            self._failures += 1
-            manager, self._opened = self._opened, None
-            with contextlib.suppress(Exception):
-                if manager is not None:
-                    manager.close()
-            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
-            line = f"the checkpoint of update {step} could not be saved ({one_line(error)})"
-            if self._failures >= FAILURES:
-                raise UserError(
-                    f"{line}: {self._failures} times in a row; make room or make {self.folder} writable, then start "
-                    "the same command again."
-                ) from None
-            say(f"{line}; the run goes on")
+            failure = one_line(error)
+        # What fails in one process is given up by all.
+        failures = [failure for failure in processes.gathered(failure) if failure]
+        if not failures:
+            return True
+        self._failures += 1
+        manager, self._opened = self._opened, None
+        with contextlib.suppress(Exception):
+            if manager is not None:
+                manager.close()
+        for left in self.folder.glob("*.orbax-checkpoint-tmp*") if processes.is_first() else ():
+            shutil.rmtree(left, ignore_errors=True)
+        line = f"the checkpoint of update {step} could not be saved ({failures[0]})"
+        if self._failures >= FAILURES:
+            raise UserError(
+                f"{line}: {self._failures} times in a row; make room or make {self.folder} writable, then start "
+                "the same command again."
+            )
+        say(f"{line}; the run goes on")
+        return False
 
     def _best_of(self, steps: Sequence[int]) -> int | None:
         """The best of these updates; None if there is no finite metric of any."""
@@ -323,15 +338,29 @@ class Checkpoints:
         return found
 
     def _read(self, step: int, **items: Any) -> Any:
+        found, damage = None, None
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-                return reader.restore((self.folder / str(step)).absolute(), args=ocp.args.Composite(**items))
+                found = reader.restore((self.folder / str(step)).absolute(), args=ocp.args.Composite(**items))
         except (MemoryError, PermissionError):  # nothing is wrong with the checkpoint
             raise
         except Exception as error:  # a page of TensorStore's text, of many kinds
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise DamagedError(one_line(error)) from None
+            damage = one_line(error)
+        # What one process finds damaged is so for all: each reads other parts.
+        if damages := [damage for damage in processes.gathered(damage) if damage]:
+            raise DamagedError(damages[0])
+        return found
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for asking whether the platform wants a stop: its numbers would get between those of `processes`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never; see `daajax.processes.is_stopping`."""
+        del step
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +410,11 @@ def _leaves(items: Mapping[str, Any]) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(dict(items))
     }
-    digests = digests_of({n: leaf for n, leaf in leaves.items() if isinstance(leaf, jax.Array)})
+    arrays = {n: leaf for n, leaf in leaves.items() if isinstance(leaf, jax.Array)}
+    offloaded = {n: leaf for n, leaf in arrays.items() if sharding.is_in_host_memory(leaf.sharding)}
+    digests = digests_of({n: leaf for n, leaf in arrays.items() if n not in offloaded})
+    for name, leaf in offloaded.items():  # one after another: together they have no room on the devices
+        digests |= digests_of({name: sharding.to_device_memory(leaf, leaf.sharding)})
     return {
         name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}] {digests.get(name, '')}" for name, leaf in leaves.items()
     }

@@ -2,7 +2,6 @@
 
 import difflib
 import io
-import os
 import pathlib
 import re
 import runpy
@@ -15,8 +14,9 @@ import jax
 from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
-from daajax import folder, memory
+from daajax import folder, memory, processes
 from daajax.config import Config, every_option, has_adapters, resolve, restored
+from daajax.console import say
 from daajax.errors import UserError, one_line
 
 _USAGE = """usage: python -m daajax.{name} --config=configs/RECIPE.py[:ARGUMENT] [--workdir=DIR] [--config.key=value …]
@@ -33,7 +33,13 @@ def run(main: Callable[[Config, str], None], name: str, argv: Sequence[str] | No
         name: Of the command.
         argv: Arguments, program name first; None takes the process's.
     """
-    end(lambda arguments: main(*parse(arguments, name)), _USAGE.format(name=name), argv)
+
+    def act(arguments: Sequence[str]) -> None:
+        config, workdir = parse(arguments, name)
+        _check_same(config, workdir)
+        main(config, workdir)
+
+    end(act, _USAGE.format(name=name), argv, joins=True, stops=True)
 
 
 def run_at(main: Callable[..., None], name: str, argv: Sequence[str] | None = None, **options: type) -> None:
@@ -49,9 +55,10 @@ def run_at(main: Callable[..., None], name: str, argv: Sequence[str] | None = No
 
     def act(arguments: Sequence[str]) -> None:
         config, workdir, values = parse_at(arguments, name, options)
+        _check_same(config, workdir, values)
         main(config, workdir, **{option: value for option, value in values.items() if value is not None})
 
-    end(act, usage, argv)
+    end(act, usage, argv, joins=True)
 
 
 def end(
@@ -60,14 +67,21 @@ def end(
     argv: Sequence[str] | None = None,
     *,
     remedies: str = memory.REMEDIES,
+    joins: bool = False,
+    stops: bool = False,
 ) -> NoReturn:
-    """Runs a command and ends the process: exit code 0 done, 1 a clear error, 130 stopped from the keyboard.
+    """Runs a command and ends the process.
+
+    Exit codes: 0 done, 1 a clear error, 42 stopped by the platform after saving, 43 another process is gone, 130
+    stopped from the keyboard.
 
     Args:
         main: Takes the arguments, program name first.
         usage: What `--help` prints.
         argv: The arguments; None takes the process's.
         remedies: What helps when memory runs out.
+        joins: Whether a process that was started with these arguments joins the others of its job.
+        stops: Whether `main` saves what it has done when the platform wants it to stop.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -78,23 +92,52 @@ def end(
         sys.stdout.write(usage + "\n")
         sys.exit(0)
     try:
+        if joins and argv is None:
+            processes.join(stops=stops)
         main(arguments)
     except UserError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
+        _fail(f"error: {error}")
+    except processes.StoppedError as stopped:
+        say(f"stopped by the platform: {stopped}; the same command goes on")
+        processes.leave_together(processes.STOPPED)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.stdout.flush()
-        sys.stderr.write(f"error: out of memory ({one_line(error)}); {remedies}.\n")
-        sys.exit(1)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _fail(f"error: out of memory ({one_line(error)}); {remedies}.")
+        _fall(error)
     except KeyboardInterrupt:
         sys.stdout.flush()
         sys.stderr.write("stopped\n")
-        sys.stderr.flush()
-        os._exit(130)  # an orderly end would tear down a computation that still runs, and fall over a second Ctrl-C
+        processes.leave(130)  # an orderly end would tear down a computation that still runs
+    except Exception as error:
+        _fall(error)
     sys.exit(0)
+
+
+def _check_same(*parsed: Any) -> None:
+    """Refuses processes that were not told the same: they would compute apart, or wait for ever."""
+    processes.check_same(repr(parsed), "the command lines")
+
+
+def _fail(line: str) -> NoReturn:
+    """Ends the process with a line: of several processes that fail alike, the first one's."""
+    sys.stdout.flush()
+    if processes.says(line):
+        sys.stderr.write(f"{line}\n")
+    if processes.are_several():
+        processes.leave(1)
+    sys.exit(1)
+
+
+def _fall(error: Exception) -> NoReturn:
+    """Ends the process as an error does that nobody foresaw, or for want of the others."""
+    if processes.is_lost(error):
+        sys.stdout.flush()
+        sys.stderr.write(f"error: another process is gone ({one_line(error)}); start the job again.\n")
+        processes.leave(processes.STUCK)
+    if processes.are_several():
+        traceback.print_exception(error)
+        processes.leave(1)
+    raise error
 
 
 def parse(argv: Sequence[str], name: str) -> tuple[Config, str]:
@@ -103,17 +146,39 @@ def parse(argv: Sequence[str], name: str) -> tuple[Config, str]:
     Raises:
         UserError: If anything on the line is not understood.
     """
-    recipe, argv = _taken("config", argv)
-    if not recipe:
-        raise UserError(
-            f"no recipe: python -m daajax.{name} --config=configs/dpo_llama.py [--workdir=DIR] [--config.key=value …]"
-        )
-    file, _, argument = recipe.partition(":")
-    config, values = _overridden(_load(file, argument), argv, {"workdir": str})
+    config, values = parse_options(argv, name, {"workdir": str})
+    file, _, argument = _taken("config", argv)[0].partition(":")
     if values["workdir"] == "":
         raise UserError("--workdir= is empty; name a folder, or leave it out.")
     stem = pathlib.Path(file).stem + (f"-{argument.replace('/', '_')}" if argument else "")
     return config, values["workdir"] or str(pathlib.Path("runs") / stem)
+
+
+def parse_options(
+    argv: Sequence[str],
+    name: str,
+    options: Mapping[str, type],
+    complete: Callable[[Config, Mapping[str, Any]], Config] = lambda config, values: config,
+) -> tuple[Config, dict[str, Any]]:
+    """From arguments, program name first, to the resolved config and the command's own options.
+
+    Args:
+        argv: The arguments.
+        name: Of the command, for messages.
+        options: Its flags and their types; None is the value of one that is not given.
+        complete: From the config that the line describes, not yet resolved, and its options to the one that is meant.
+
+    Raises:
+        UserError: If anything on the line is not understood.
+    """
+    recipe, argv = _taken("config", argv)
+    if not recipe:
+        flags_of = " ".join(f"[--{option}=…]" for option in options)
+        raise UserError(
+            f"no recipe: python -m daajax.{name} --config=configs/dpo_llama.py {flags_of} [--config.key=value …]"
+        )
+    file, _, argument = recipe.partition(":")
+    return _overridden(_load(file, argument), argv, options, complete)
 
 
 def parse_at(argv: Sequence[str], name: str, options: Mapping[str, type]) -> tuple[Config, str, dict[str, Any]]:
@@ -150,7 +215,12 @@ def _check_adapters(workdir: str, wanted: Mapping[str, Any], config: Config) -> 
             )
 
 
-def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]) -> tuple[Config, dict[str, Any]]:
+def _overridden(
+    config: Config,
+    argv: Sequence[str],
+    options: Mapping[str, type],
+    complete: Callable[[Config, Mapping[str, Any]], Config] = lambda config, values: config,
+) -> tuple[Config, dict[str, Any]]:
     """A config with what the command line changes, resolved, and the values of the command's own options."""
     for option in filter(None, (re.match(r"--?(?:no)?config\.([^=]*)", a) for a in argv)):
         _place(config, option[1])
@@ -163,7 +233,7 @@ def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]
     unset = [option for option, a in latest.items() if a == f"{option}=None"]
     argv = [a for a in argv if a.partition("=")[0] not in unset and not re.fullmatch(r"--config\..*=None", a)]
     values = flags.FlagValues()
-    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
+    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_boolean}
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         for option, kind in options.items():
@@ -178,7 +248,8 @@ def _overridden(config: Config, argv: Sequence[str], options: Mapping[str, type]
         place[key] = None  # a flag of the option's type would refuse it
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not understood; options look like --config.key=value.")
-    return resolve(config), {option: values[option].value for option in options}
+    found = {option: values[option].value for option in options}
+    return resolve(complete(config, found)), found
 
 
 def _taken(flag: str, argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -9,17 +9,19 @@ import optax
 from ml_collections import config_dict
 
 from configs import base
+from daajax import compiler_options
+from daajax.attention import ATTENTION
 from daajax.checkpoint import BEST
 from daajax.data.packing import parse_row_length
 from daajax.data.sources import SOURCES
 from daajax.data.tokenization import SCORES, TRUNCATIONS
 from daajax.errors import UserError, one_line
+from daajax.heads import FORMS
 from daajax.losses.objectives import OBJECTIVES
 from daajax.losses.terms import Needs, bind
-from daajax.models.decoder import REMAT
 from daajax.models.quantization import FORMATS
-from daajax.optimizer import OPTIMIZERS, SCHEDULES, make_optimizer
-from daajax.scoring import ATTENTION
+from daajax.models.remat import REMAT
+from daajax.optimizer import OPTIMIZERS, SCHEDULES, holds_moments, make_optimizer
 
 Config = Any  # a ConfigDict with the keys of configs/base.py; it types none of its attributes
 
@@ -47,6 +49,7 @@ class _Range(NamedTuple):
 
 _CHOICES = {
     "attention": ("auto", *ATTENTION),
+    "head": ("auto", *FORMS),
     "chat.score": SCORES,
     "checkpoint.best": (None, *BEST),
     "data.name": tuple(SOURCES),
@@ -56,6 +59,7 @@ _CHOICES = {
     "lora.quantization": (None, *FORMATS),
     "model.dtype": DTYPES,
     "model.param_dtype": DTYPES,
+    "optimizer.mu_dtype": (None, "bfloat16"),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
     "reference.mode": REFERENCE_MODES,
@@ -89,10 +93,14 @@ _RANGES = {
     "optimizer.weight_decay": _Range(0),
     "packing.rows": _Range(1),
     "packing.shapes": _Range(1),
+    "peak_flops": _Range(0, is_open=True),
+    "profile.start": _Range(1),
+    "profile.steps": _Range(1),
     "reference.ema.decay": _Range(0, 1),
     "reference.ema.every": _Range(1),
     "seed": _Range(0),
     "steps": _Range(1),
+    "watchdog_minutes": _Range(0),
 }
 _REQUIRED = ("model.path", "data.path")
 _CAN_BE_NONE = ("data.cache_dir", "eval_data.cache_dir")  # besides those whose default is None
@@ -106,8 +114,36 @@ def resolve(config: Config) -> Config:
         UserError: If a key is unknown or missing, or a value is out of place.
     """
     config = config_dict.ConfigDict(config)
-    known = dict(every_option(base.get_config().to_dict()))
-    found = dict(every_option(config.to_dict()))
+    _check_values(dict(every_option(config.to_dict())), dict(every_option(base.get_config().to_dict())))
+    parse_row_length(config.packing.row_length)
+    if (config.steps is None) == (config.epochs is None):
+        raise UserError(
+            f"set exactly one of config.steps (got {config.steps}) and config.epochs (got {config.epochs}); "
+            "--config.epochs=None or --config.steps=None unsets the other."
+        )
+    _check_optimizer(config)
+    compiler_options.check(config.compiler_options)
+    _check_lora(config)
+    _check_reference(config)
+    _check_evaluation(config)
+    if config.profile.start is None and config.profile.steps != base.get_config().profile.steps:
+        raise UserError(
+            f"config.profile.steps={config.profile.steps} but config.profile.start is not set: name the first update "
+            "to trace."
+        )
+    shares(data_sources(config.data, "data"))
+    _check_eval_data(config)
+    config.unlock().loss = _whole(config.loss)
+    return config.unlock().lock()  # a config that is locked already would not look at its parts
+
+
+def _check_values(found: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuses options that there are none of, and values that are out of place whatever the others are.
+
+    Args:
+        found: Every option and its value.
+        known: Every one that there is, and its default.
+    """
     for names, problem in ((set(found) - set(known), "is not an option"), (set(known) - set(found), "is missing")):
         if names:
             raise UserError(f"config.{min(names)} {problem}; configs/base.py has them all, set its keys one by one.")
@@ -123,20 +159,10 @@ def resolve(config: Config) -> Config:
         value = found[name]
         if value is not None and not allowed.holds(value):
             raise UserError(f"config.{name}={value} must be {allowed.words(value)}.")
-    parse_row_length(config.packing.row_length)
-    if (config.steps is None) == (config.epochs is None):
-        raise UserError(
-            f"set exactly one of config.steps (got {config.steps}) and config.epochs (got {config.epochs}); "
-            "--config.epochs=None or --config.steps=None unsets the other."
-        )
-    make_optimizer(
-        config.optimizer.name,
-        optax.constant_schedule(0.0),
-        max_grad_norm=config.optimizer.max_grad_norm,
-        hyperparameters=hyperparameters(config),
-    )
-    _check_lora(config)
-    _check_reference(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    """Refuses what needs held-out data without any, and a best checkpoint by what the loss does not have."""
     for name, value in (("eval.every", config.eval.every), ("checkpoint.best", config.checkpoint.best)):
         if value is not None and config.eval_data.path is None:
             raise UserError(f"config.{name}={value!r} needs held-out data; set config.eval_data.path.")
@@ -151,10 +177,6 @@ def resolve(config: Config) -> Config:
             f"config.checkpoint.best='eval/rewards/accuracies': loss {terms[0].name!r} compares no two responses, it "
             "has no accuracy; set it to 'eval/loss' or 'eval/rewards/margins'."
         )
-    shares(data_sources(config.data, "data"))
-    _check_eval_data(config)
-    config.unlock().loss = _whole(config.loss)
-    return config.unlock().lock()  # a config that is locked already would not look at its parts
 
 
 def restored(stored: Mapping[str, Any]) -> Config:
@@ -302,9 +324,24 @@ def tokenizer_path(config: Config) -> str:
     return config.tokenizer.path or config.model.path
 
 
-def hyperparameters(config: Config) -> dict[str, float | None]:
+def hyperparameters(config: Config) -> dict[str, float | str | None]:
     """What an optimizer may take besides its learning rate; None: not set."""
-    return {name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay")}
+    return {name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay", "mu_dtype")}
+
+
+def _check_optimizer(config: Config) -> None:
+    options = config.optimizer
+    optimizer = make_optimizer(
+        options.name,
+        optax.constant_schedule(0.0),
+        max_grad_norm=options.max_grad_norm,
+        hyperparameters=hyperparameters(config),
+    )
+    if options.offload and not holds_moments(optimizer):
+        raise UserError(
+            f"config.optimizer.offload=True but optimizer {options.name!r} as it is set keeps no moment of a matrix's "
+            "size to move; leave it False."
+        )
 
 
 def has_adapters(config: Config) -> bool:

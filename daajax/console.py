@@ -6,9 +6,19 @@ from collections.abc import Mapping
 
 import tqdm
 
+_is_muted = False
+
+
+def mute() -> None:
+    """Says nothing from now on: of several processes, one speaks."""
+    global _is_muted
+    _is_muted = True
+
 
 def say(line: str) -> None:
     """Prints a line; it does not tear a progress bar."""
+    if _is_muted:
+        return
     tqdm.tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
@@ -29,7 +39,7 @@ class Progress:
         self._done = self._before = done
         self._began = self._said = time.perf_counter()
         self._bar = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not _is_muted:
             self._bar = tqdm.tqdm(total=total, desc=name, unit=unit, initial=done, file=sys.stdout)
 
     def advance(self, values: Mapping[str, float] | None = None) -> None:

@@ -5,22 +5,25 @@ checkpoint; step 0 is the initial policy. With `--output` each example's own log
 Training calls the same `Evaluation` every `eval.every` updates.
 """
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from daajax import checkpoint, command, folder, inputs, policy, run, sharding
+from daajax import checkpoint, command, folder, inputs, policy, processes, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
+from daajax.data.ahead import made_ahead
 from daajax.data.batches import Batches
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
+from daajax.gradient import NOTHING, Beside, Live, sums_under
 from daajax.loss import Counts, State, Sums, loss_of
 from daajax.losses.scores import Responses
 from daajax.losses.terms import Needs, Term, bind
@@ -29,9 +32,17 @@ from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.output import as_json, check, write_rows
 from daajax.scoring import Batch, Scorer
-from daajax.step import NOTHING, Beside, Live, sums_under
 
 _EVALUATIONS = "evaluations.jsonl"
+
+
+@runtime_checkable
+class Advancing(Protocol):
+    """What is told of every batch, such as `daajax.console.Progress`."""
+
+    def advance(self) -> None:
+        """A batch is scored."""
+        ...
 
 
 class Evaluation:
@@ -69,7 +80,7 @@ class Evaluation:
         self._data, self._batches, self._mesh = data, batches, mesh
 
     def __call__(
-        self, params: Params, state: State, beside: Beside = NOTHING, progress: Progress | None = None
+        self, params: Params, state: State, beside: Beside = NOTHING, progress: Advancing | None = None
     ) -> dict[str, float]:
         """Metrics by name, such as `eval/loss`; by source too, `eval/<source>/loss`, where there are several.
 
@@ -85,11 +96,11 @@ class Evaluation:
         """The metrics of what `score` returned."""
         found = {}
         for prefix, mask in self._groups():
-            values = jax.device_get(self._metrics(sums, examples, mask, state))
+            values = jax.device_get(self._metrics(sums, examples, mask, jax.device_get(state)))
             found |= {f"{prefix}/{name}": float(value) for name, value in values.items()}
         return found
 
-    def score(self, params: Params, beside: Beside = NOTHING, progress: Progress | None = None) -> tuple[Sums, Batch]:
+    def score(self, params: Params, beside: Beside = NOTHING, progress: Advancing | None = None) -> tuple[Sums, Batch]:
         """Scores every example.
 
         Args:
@@ -103,18 +114,18 @@ class Evaluation:
         """
         found, read, ids = [], [], []
         plan = self._batches.plan
-        for update in range(plan.updates):
-            batch = self._batches[update]
-            for n in range(plan.micro_batches):
-                part = {name: value[n] for name, value in batch.items()}
-                placed = sharding.place(self._mesh, part, ("rows",))
-                sums = jax.device_get(self._sums(params, beside, placed, plan.shape(update).keys))
-                real = part["ids"] >= 0
-                found.append(jax.tree.map(lambda x, real=real: x[real], sums))
-                read.append({name: part[name][real] for name in ("weights", *Responses._fields) if name in part})
-                ids.append(part["ids"][real])
-            if progress is not None:
-                progress.advance()
+        with contextlib.closing(made_ahead(self._batches.__getitem__, range(plan.updates))) as batches:
+            for update, batch in enumerate(batches):
+                for n in range(plan.micro_batches):
+                    part = {name: value[n] for name, value in batch.items()}
+                    placed = sharding.place(self._mesh, part, ("rows",))
+                    sums = jax.device_get(self._sums(params, beside, placed, plan.shape(update).keys))
+                    real = part["ids"] >= 0
+                    found.append(jax.tree.map(lambda x, real=real: x[real], sums))
+                    read.append({name: part[name][real] for name in ("weights", *Responses._fields) if name in part})
+                    ids.append(part["ids"][real])
+                if progress is not None:
+                    progress.advance()
         order = np.argsort(np.concatenate(ids))
         return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)[order]), found[0], *found[1:]), {
             name: jnp.asarray(np.concatenate([part[name] for part in read])[order]) for name in read[0]
@@ -155,7 +166,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     if config.eval_data.path is None:
         raise UserError("the run has no held-out data; name some with --config.eval_data.path=….")
     if output is not None:
-        check(pathlib.Path(output))
+        processes.first_alone(lambda: check(pathlib.Path(output)))
     where = pathlib.Path(workdir)
     terms = bind(losses(config))
     config, _ = run.fetch_models(config, folder.read_revisions(where))
@@ -182,23 +193,25 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     progress = Progress("evaluate", plan.updates, "batch")
     batches = inputs.make_batches(config, data, plan, columns, terms, sweep=True)
     evaluation = Evaluation(scorer, terms, data, batches, mesh, reference_scorer if live else None)
-    sums, examples = evaluation.score(state.params, Beside(frozen, reference).at(state), progress)
+    sums, examples = evaluation.score(state.params, Beside(frozen, reference).following(state.reference), progress)
     progress.close()
     if output is not None:
-        write_rows(pathlib.Path(output), _rows(data.ids, sums))
+        processes.first_alone(lambda: write_rows(pathlib.Path(output), _rows(data.ids, sums)))
         say(f"the log-probs of {len(data.ids)} examples are in {output}")
     values = evaluation.report(sums, examples, state.objectives)
     for name, value in values.items():
         say(f"{name}: {value:.6g}")
     line = as_json({"step": step, "data": config.eval_data.path, "examples": len(data.weights), **values})
+    processes.first_alone(lambda: _append(where / _EVALUATIONS, line))
+    say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _EVALUATIONS}")
+
+
+def _append(file: pathlib.Path, line: str) -> None:
     try:
-        with (where / _EVALUATIONS).open("a", encoding="utf-8") as report:
+        with file.open("a", encoding="utf-8") as report:
             report.write(line)
     except OSError as error:
-        raise UserError(
-            f"{where / _EVALUATIONS} cannot be written ({error.strerror}); the metrics are printed above."
-        ) from None
-    say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _EVALUATIONS}")
+        raise UserError(f"{file} cannot be written ({error.strerror}); the metrics are printed above.") from None
 
 
 def _rows(ids: Sequence[str], sums: Sums) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Adapters are melted into it; `--form=adapter` writes them alone, as PEFT does. W
 
 import pathlib
 
-from daajax import checkpoint, command, folder, policy, run, sharding
+from daajax import checkpoint, command, folder, policy, processes, run, sharding
 from daajax.config import Config, has_adapters, tokenizer_path
 from daajax.console import say
 from daajax.errors import UserError
@@ -39,7 +39,7 @@ def export(
     saved = checkpoint.Checkpoints(pathlib.Path(workdir))
     step = saved.choose(step)
     target = pathlib.Path(output or pathlib.Path(workdir) / f"{'adapter' if alone else 'model'}-{step}")
-    if target.exists():
+    if processes.from_first(target.exists):
         raise UserError(f"--output={target} exists; name another directory, or remove it.")
     asked = config.model.path
     config, revisions = run.fetch_models(config, folder.read_revisions(pathlib.Path(workdir)))

@@ -9,10 +9,11 @@ import os
 import pathlib
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Literal
 
-from daajax import output
+from daajax import output, processes
 from daajax.config import Config, restored
 from daajax.console import say
 from daajax.errors import UserError
@@ -23,25 +24,32 @@ MAY_CHANGE = (
     "attention",
     "check_first_loss",
     "checkpoint",
+    "compiler_options",
     "data.cache_dir",
     "data.max_bad_rows",
     "epochs",
     "eval",
     "eval_data",
+    "head",
     "log",
     "mesh",
     "micro_batches",
+    "optimizer.offload",
     "packing",
+    "peak_flops",
+    "profile",
     "reference.cache_dir",
     "reference.live",
     "remat",
     "resume",
     "steps",
+    "watchdog_minutes",
 )
 _LENGTH = ("epochs", "steps")  # of a run; a finished one is not finished if they change
 _CONFIG, _METRICS, _FINISHED, _LOCK = "config.json", "metrics.jsonl", "finished", ".lock"
 _REVISIONS = "revisions.json"
 _NAMED = 3  # differences
+_SEEN_SECONDS = 10  # within which all hosts see a file
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -58,23 +66,52 @@ def claimed(where: pathlib.Path, config: Config) -> Iterator[State]:
         What the folder is to the run; a finished one is not claimed, and not written to.
 
     Raises:
-        UserError: As `examine`, or if another run is at work there.
+        UserError: As `examine`, or if another run is at work there, or not all processes have that folder.
     """
+    with contextlib.ExitStack() as stack:
+        # Of several processes, the first one holds the folder for all of them.
+        found, token = processes.from_first(lambda: stack.enter_context(_claimed(where, config)))
+        if processes.count() > 1 and found != "finished":
+            processes.check_everywhere(
+                _sees(where, token),
+                lambda others: (
+                    f"--workdir={where} is not the same folder in {', '.join(others[:_NAMED])}"
+                    f"{f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''}; name one on a disk that "
+                    "all hosts share."
+                ),
+            )
+        yield found
+
+
+def _sees(where: pathlib.Path, token: str) -> bool:
+    """Whether the lock in a folder says this; another host may see only after a while what one has written."""
+    for _ in range(_SEEN_SECONDS):
+        with contextlib.suppress(OSError):
+            os.listdir(where.parent)  # which makes a network's file system look
+            if token in (where / _LOCK).read_text(encoding="utf-8", errors="replace"):
+                return True
+        time.sleep(1)
+    return False
+
+
+@contextlib.contextmanager
+def _claimed(where: pathlib.Path, config: Config) -> Iterator[tuple[State, str]]:
+    """See `claimed`; with what the folder is, words that its lock holds."""
     if examine(where, config) == "finished":
         for _, line in _changes(where, config):
             say(f"config: {line}; this does nothing, the run is finished: see daajax.evaluate and daajax.export")
-        yield "finished"
+        yield "finished", ""
         return
     try:
         where.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={where} cannot be made ({error.strerror}); name another folder.") from None
-    with _lock(where):
+    with _lock(where) as holder:
         found = examine(where, config)  # again: until now another run may have changed it
         for name, line in _changes(where, config) if found == "unfinished" else ():
-            say(f"config: {line}{'' if _is_among(name, MAY_CHANGE) else ' (forced)'}")
+            say(f"config: {line}{'' if may_change(name) else ' (forced)'}")
         try:
-            yield found
+            yield found, holder
         finally:
             if [path.name for path in where.iterdir()] == [_LOCK]:
                 shutil.rmtree(where)
@@ -94,7 +131,7 @@ def examine(where: pathlib.Path, config: Config) -> State:
     changed = _changes(where, config)
     if config.resume == "never":
         raise UserError(f"--workdir={where} holds a run, and resume='never' goes on with none; name another folder.")
-    refused = [line for name, line in changed if not _is_among(name, MAY_CHANGE)]
+    refused = [line for name, line in changed if not may_change(name)]
     if refused and config.resume != "force":
         further = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
         raise UserError(
@@ -191,8 +228,8 @@ def read_revisions(where: pathlib.Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lock(where: pathlib.Path) -> Iterator[None]:
-    """Holds a folder's lock; the system lets go of it when the process ends, however it ends."""
+def _lock(where: pathlib.Path) -> Iterator[str]:
+    """Holds a folder's lock, and gives what it says; the system lets go of it when the process ends in any way."""
     with _opened(where / _LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,10 +241,12 @@ def _lock(where: pathlib.Path) -> Iterator[None]:
                 "wait for it, or name another folder."
             ) from None
         now = datetime.datetime.now().isoformat(" ", "seconds")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {now}"
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.write(f"{holder}\n")
         file.flush()
-        yield
+        os.fsync(file.fileno())  # for other hosts to see
+        yield holder
 
 
 def _opened(lock: pathlib.Path) -> IO[str]:
@@ -217,6 +256,11 @@ def _opened(lock: pathlib.Path) -> IO[str]:
         raise UserError(
             f"{lock} cannot be written ({error.strerror}); make it writable, or name another folder."
         ) from None
+
+
+def may_change(name: str) -> bool:
+    """Whether a run may go on with another value of an option."""
+    return _is_among(name, MAY_CHANGE)
 
 
 def _is_among(name: str, options: tuple[str, ...]) -> bool:

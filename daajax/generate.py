@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from daajax import checkpoint, command, folder, output, policy, prompts, run, sampling, sharding
+from daajax import checkpoint, command, folder, output, policy, processes, prompts, run, sampling, sharding
 from daajax.config import DTYPES, has_adapters, resolve, restored, tokenizer_path
 from daajax.console import say
 from daajax.data.rows import Example
@@ -113,6 +113,8 @@ def generate(options: Options) -> None:
     Raises:
         UserError: If anything the user can mend stands in the way.
     """
+    if processes.count() > 1:
+        raise UserError(f"daajax.generate runs in one process, this is one of {processes.count()}; start it alone.")
     sampling.check(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, samples=options.samples)
     model = model_of_run(options) if options.workdir is not None else model_of_directory(options)
     architecture = read_architecture(model.path, "--model" if options.model else "model.path")
@@ -136,7 +138,7 @@ def generate(options: Options) -> None:
     scorer = Scorer.make(
         architecture,
         mesh,
-        attention="blockwise",
+        attention="auto",
         remat="none",
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
@@ -328,4 +330,4 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    command.end(lambda argv: generate(parse(argv)), USAGE, remedies="lower --batch_size or --max_tokens")
+    command.end(lambda argv: generate(parse(argv)), USAGE, remedies="lower --batch_size or --max_tokens", joins=True)

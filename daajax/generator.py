@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from daajax import sampling, sharding
+from daajax.attention import see_kinds
 from daajax.errors import UserError
 from daajax.models import decoder
 from daajax.models.architecture import Architecture
 from daajax.models.decoder import Memory, Params
-from daajax.ops import attention, head
-from daajax.scoring import Scorer, see_kinds
+from daajax.ops import attention, logits
+from daajax.scoring import Scorer
 
 LEAST_WIDTH = 32  # tokens; prompts are padded to this or to a doubling of it, so that few programs are compiled
 
@@ -173,7 +174,7 @@ class Generator:
 
         def append(written: _Written, hidden: Float[Array, "rows embed"], t: Array) -> _Written:
             """Chooses the t-th token of every row that is alive."""
-            log_probs = self._place_log_probs(head.log_probs(hidden, weights.astype(hidden.dtype), softcap))
+            log_probs = self._place_log_probs(logits.log_probs(hidden, weights.astype(hidden.dtype), softcap))
             chosen = pick(log_probs, jax.vmap(jax.random.fold_in, (0, None))(keys, t)).astype(jnp.int32)
             logps = jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
             stops = (chosen[:, None] == stop_ids[None]).any(axis=1)

@@ -1,12 +1,13 @@
 """What a run reads: data sets fitted to what the loss looks at, laid out in rows, filled into batches."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from daajax import sharding
+from daajax import processes, sharding
 from daajax.config import Config, data_sources, shares, tokenizer_path
 from daajax.console import say
 from daajax.data import labelled, packing, windows
@@ -75,7 +76,8 @@ def load_data(
     names = source_names([(source.path, source.split) for source in sources])
     parts = {}
     for name, source in zip(names, sources, strict=True):
-        data = tokenized(
+        read = functools.partial(
+            tokenized,
             source.name,
             source.path,
             tokenizer_path(config),
@@ -91,6 +93,7 @@ def load_data(
             cache_dir=options.cache_dir,
             option=source.option,
         )
+        data = processes.after_first(read)
         what = option if len(sources) == 1 else f"{option} ({name})"
         for line in [*data.notices, *summary(data.counters), *_unread(data, terms)]:
             say(f"{what}: {line}")
@@ -101,6 +104,7 @@ def load_data(
             "that the model was made for"
         )
     data = concatenate(parts)
+    processes.check_same(data.digest, f"the examples of {option}")
     optional = Needs.of(terms).may_read
     _check_columns(data, terms, [name for name in optional if getattr(data, name) is not None])
     if any(term.objective.mismatched for term in terms):
@@ -263,6 +267,7 @@ def make_batches(
     terms: Sequence[Term],
     *,
     sweep: bool = False,
+    rows: Int[np.ndarray, " own"] | None = None,
 ) -> Batches:
     """Batches with all that the loss reads.
 
@@ -273,6 +278,7 @@ def make_batches(
         columns: What is known of the reference: an element of `Reference.columns`.
         terms: The loss.
         sweep: Whether the plan is that of an evaluation.
+        rows: See `Batches`.
     """
     needs = Needs.of(terms)
     fields = [*needs.fields, *(name for name in needs.may_read if getattr(data, name) is not None)]
@@ -285,4 +291,5 @@ def make_batches(
         draws=needs.draws,
         seed=config.seed,
         sweep=sweep,
+        rows=rows,
     )

@@ -41,7 +41,7 @@ def sums_of(statistics: Mapping[str, Float[Array, "rows scored"]], batch: Batch,
     """Sums one micro-batch's statistics of tokens.
 
     Args:
-        statistics: The policy's, by key of `daajax.ops.head.STATISTICS`.
+        statistics: The policy's, by key of `daajax.ops.statistics.STATISTICS`.
         batch: The micro-batch.
         needs: What the terms need.
     """

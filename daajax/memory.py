@@ -1,6 +1,9 @@
 """Whether what was compiled will fit, asked before it runs: a machine out of memory ends a process without a word."""
 
 import pathlib
+import resource
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,12 +17,13 @@ REMEDIES = (
 _GIB = 2**30
 
 
-def check(compiled: Any, what: str) -> str:
+def check(compiled: Any, what: str, advice: Callable[[bool], str] = lambda of_state: REMEDIES) -> str:
     """Compares what a compiled program needs, its arguments included, with what is free before they are there.
 
     Args:
         compiled: A `jax.stages.Compiled`.
         what: Name of the program, for messages.
+        advice: What helps, by whether its arguments need more than what it works in.
 
     Returns:
         A line that says both; empty where the platform tells neither.
@@ -35,7 +39,7 @@ def check(compiled: Any, what: str) -> str:
     needed = devices * (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + outputs)
     line = f"{what} needs {needed / _GIB:.2f} GiB of memory, {free / _GIB:.2f} GiB are free"
     if needed > free:
-        raise UserError(f"{line}; {REMEDIES}.")
+        raise UserError(f"{line}; {advice(analysis.argument_size_in_bytes > analysis.temp_size_in_bytes)}.")
     return line
 
 
@@ -49,6 +53,20 @@ def available() -> int | None:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     amounts = [amount for amount in (_of_machine(), _of_group()) if amount is not None]
     return min(amounts, default=None)
+
+
+def peak() -> dict[str, int]:
+    """The most bytes that were in use until now, by the name of a metric.
+
+    `peak_memory_bytes` is of a device's own memory, the fullest of this process's. The devices of a CPU have none:
+    `peak_process_bytes` is what the whole process had in the machine's at once, reading and compiling included.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    known = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    if known:
+        return {"peak_memory_bytes": max(known)}
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_process_bytes": most * (1 if sys.platform == "darwin" else 1024)}
 
 
 def _of_machine() -> int | None:

@@ -4,9 +4,11 @@ The device side adds numbers up per micro-batch, as sums already divided by what
 host side fetches them once a log interval. A new number is a line in `of_examples`.
 """
 
+import contextlib
+import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +17,11 @@ import numpy as np
 import tensorboardX
 from jaxtyping import Array, Bool, Float, Int
 
+from daajax import memory
+from daajax.chips import Peak
 from daajax.console import say
 from daajax.data.packing import Plan
+from daajax.flops import Counts
 from daajax.losses.objective import Losses
 from daajax.losses.scores import Responses
 from daajax.output import as_json
@@ -132,6 +137,32 @@ def _in_order(
     return right.sum(axis=(1, 2)) / jnp.maximum(pairs.sum(axis=(1, 2)), 1)
 
 
+class Meters(NamedTuple):
+    """What speed is measured against.
+
+    Attributes:
+        counts: Arithmetic of the run's updates.
+        peak: What its devices can do.
+    """
+
+    counts: Counts
+    peak: Peak
+
+    def read(self, first: int, last: int, seconds: float) -> dict[str, float]:
+        """Of the updates from `first` to below `last`, which took so long together.
+
+        `hfu` is what the hardware was asked for, `mfu` the least that the pairs need, over what the chips could have
+        done in that time: hfu times the four factors, `mfu/packing` and so on (`daajax.flops`). Without a known peak
+        there are the factors alone.
+        """
+        found = {f"mfu/{step}": factor for step, factor in self.counts.factors(first, last).items()}
+        if self.peak.flops is None:
+            return found
+        asked = self.counts.steps["packing"]
+        hfu = float(asked[last] - asked[first]) / (seconds * self.peak.flops)
+        return {"mfu": hfu * math.prod(found.values()), "hfu": hfu, **found}
+
+
 class Clock:
     """What is known of updates from the plan and the wall clock.
 
@@ -139,43 +170,64 @@ class Clock:
         plan: Of the run.
         lengths: Tokens of each example's parts.
         done: Updates done before.
+        meters: What speed is measured against; None: nothing.
     """
 
-    def __init__(self, plan: Plan, lengths: Int[np.ndarray, "examples parts"], done: int):
-        self._plan, self._examples = plan, len(lengths)
+    def __init__(self, plan: Plan, lengths: Int[np.ndarray, "examples parts"], done: int, meters: Meters | None = None):
+        self._plan, self._examples, self._meters = plan, len(lengths), meters
         tokens = np.where(plan.windows >= 0, lengths.sum(axis=1)[plan.windows], 0).sum(axis=1)
         self._tokens = np.concatenate([[0], np.cumsum(tokens)])
-        self._at, self._time = done, time.perf_counter()
+        self._waited = 0.0
+        self.restart(done)
 
     def restart(self, done: int) -> None:
         """Measures afresh from after so many updates, which the device has finished: what came since is left out."""
-        self._at, self._time = done, time.perf_counter()
+        self._at, self._time, self._waited = done, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done inside is waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     def read(self, t: int) -> dict[str, float]:
         """Numbers of the updates since the last call, including update t, which the device has finished."""
         now, done = time.perf_counter(), t + 1
         seconds, updates = now - self._time, done - self._at
         tokens = int(self._tokens[done] - self._tokens[self._at])
-        self._at, self._time = done, now
-        return {
+        rates = {
+            "pairs_per_second": updates * self._plan.batch_size / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        found = {
             "epoch": done * self._plan.batch_size / self._examples,
             "num_tokens": int(self._tokens[done]),
             "update_seconds": seconds / updates,
-            "pairs_per_second": updates * self._plan.batch_size / seconds,
-            "tokens_per_second": tokens / seconds,
+            "data_wait_seconds": self._waited / updates,
+            **rates,
             "packing_efficiency": self._plan.efficiency["length"],
+            **memory.peak(),
         }
+        if self._meters is not None:
+            found |= {f"{name}_per_chip": rate / self._meters.peak.chips for name, rate in rates.items()}
+            found |= self._meters.read(self._at, done, seconds)
+        self._at, self._time, self._waited = done, now, 0.0
+        return found
 
 
 class Writer:
     """Appends to a run's `metrics.jsonl` and TensorBoard events.
 
     Args:
-        folder: The run's folder.
+        folder: The run's folder; None writes nothing, as all processes of a job do but the first.
         updates: Done before; events of later ones are those of an interrupted run, and void.
     """
 
-    def __init__(self, folder: pathlib.Path, *, updates: int = 0):
+    def __init__(self, folder: pathlib.Path | None, *, updates: int = 0):
+        self._writes = folder is not None
+        if folder is None:
+            return
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1)
 
@@ -184,6 +236,8 @@ class Writer:
 
         A disk that does not take them is no reason to end a run: it is said, and they are written with the next ones.
         """
+        if not self._writes:
+            return
         try:
             self._file.write(as_json({"step": step, **values}))
             self._file.flush()
@@ -195,6 +249,8 @@ class Writer:
 
     def close(self) -> None:
         """Closes both."""
+        if not self._writes:
+            return
         try:
             self._file.close()
         except OSError as error:

@@ -17,8 +17,11 @@ from daajax.errors import UserError
 from daajax.models.parameters import is_decayed
 
 
-def _adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decayed)
+def _adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, mu_dtype=None):
+    """`mu_dtype`, here and below, is the dtype that the first moment is kept in; None: float32."""
+    return optax.adamw(
+        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype, mask=_decayed
+    )
 
 
 def _rmsprop(learning_rate, *, b2=0.99, eps=1e-8):
@@ -26,9 +29,14 @@ def _rmsprop(learning_rate, *, b2=0.99, eps=1e-8):
     return optax.rmsprop(learning_rate, decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=False)
 
 
-def _sgd(learning_rate, *, b1=0.0):
+def _sgd(learning_rate, *, b1=0.0, mu_dtype=None):
     """`b1` is the momentum."""
-    return optax.sgd(learning_rate, momentum=b1 or None)
+    if mu_dtype is not None and not b1:
+        raise UserError(
+            f"config.optimizer.mu_dtype={mu_dtype!r} but optimizer 'sgd' has no first moment without momentum; set "
+            "config.optimizer.b1, or unset it."
+        )
+    return optax.sgd(learning_rate, momentum=b1 or None, accumulator_dtype=mu_dtype)
 
 
 def _adafactor(learning_rate, *, b2=0.8, eps=1e-30, weight_decay=0.0):
@@ -40,8 +48,8 @@ def _adafactor(learning_rate, *, b2=0.8, eps=1e-30, weight_decay=0.0):
     )
 
 
-def _lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0):
-    return optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decayed)
+def _lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0, mu_dtype=None):
+    return optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype, mask=_decayed)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -111,6 +119,13 @@ def make_optimizer(
         return optimizer.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
     return optax.GradientTransformation(init, optimizer.update)
+
+
+def holds_moments(optimizer: optax.GradientTransformation) -> bool:
+    """Whether an optimizer keeps moments that are as large as the matrix that they are of: not counts or factors."""
+    matrix = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    state = jax.eval_shape(optimizer.init, {"q_proj": matrix})
+    return any(leaf.shape == matrix.shape for leaf in jax.tree.leaves(state))
 
 
 def _decayed(params: Any) -> Any:

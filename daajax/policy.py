@@ -65,16 +65,17 @@ def make_scorer(config: Config, architecture: Architecture, mesh: Any, *, adapte
         adapters: What of it is trained; None: all of it, or it is not the policy.
 
     Raises:
-        UserError: If the mesh cuts the heads into unequal parts.
+        UserError: If the mesh cuts the heads into unequal parts, or the attention does not serve there.
     """
     return Scorer.make(
         architecture,
         mesh,
-        attention="blockwise" if config.attention == "auto" else config.attention,
+        attention=config.attention,
         remat=config.remat,
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
         lora=adapters,
+        longest=config.max_length,
     )
 
 

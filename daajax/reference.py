@@ -13,6 +13,7 @@ Files are Parquet with page checksums: readable anywhere, and a truncated or dam
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -27,14 +28,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from daajax import output
+from daajax import output, processes
 from daajax.console import Progress
+from daajax.data.ahead import made_ahead
 from daajax.data.batches import Batch, Batches
 from daajax.data.packing import Plan
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
 
-FORMAT = 1  # raise it whenever the same weights and tokens would get other numbers, or the files another layout
+FORMAT = 2  # raise it whenever the same weights and tokens would get other numbers, or the files another layout
 _SAVE_SECONDS = 60.0  # what an interrupted pass can lose
 _HEADER = b"daajax.reference"
 
@@ -73,7 +75,8 @@ class Cache:
     Args:
         folder: Root of all caches.
         header: What the entries follow from.
-        columns: Keys of `daajax.ops.head.STATISTICS` that an entry must have to count; the first is `logps`.
+        columns: Keys of `daajax.ops.statistics.STATISTICS` that an entry must have to count; the first is `logps`.
+        is_kept: Whether entries are read from disk and written to it: of several processes, the first one does that.
 
     Attributes:
         folder: Where its files lie.
@@ -83,10 +86,13 @@ class Cache:
         UserError: If the folder cannot be written.
     """
 
-    def __init__(self, folder: str, header: Header, columns: Sequence[str] = ("logps",)):
-        self._header, self.columns = header, tuple(columns)
+    def __init__(self, folder: str, header: Header, columns: Sequence[str] = ("logps",), *, is_kept: bool = True):
+        self._header, self.columns, self._is_kept = header, tuple(columns), is_kept
         self.folder = pathlib.Path(folder).expanduser() / header.digest
         self.notices: list[str] = []
+        self._entries: dict[bytes, Entry] = {}
+        if not is_kept:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "header.json").write_bytes(header.content)
@@ -94,7 +100,6 @@ class Cache:
             raise UserError(
                 f"reference.cache_dir={folder} cannot be written ({error.strerror}); name another folder."
             ) from None
-        self._entries: dict[bytes, Entry] = {}
         for file in sorted(self.folder.glob("part-*.parquet")):
             self._read(file)
 
@@ -108,7 +113,7 @@ class Cache:
 
         What an entry has already stays as it is: whoever read it has computed with it to the last bit.
         """
-        if not entries:
+        if not entries or not self._is_kept:
             return
         entries = {key: {**entry, **self._entries.get(key, {})} for key, entry in entries.items()}
         lists = {}
@@ -224,26 +229,31 @@ def score_pass(
     columns = {name: np.zeros(len(data.tokens), np.float32) for name in cache.columns}
     unsaved: dict[bytes, Entry] = {}
     saved = time.perf_counter()
-    for update in range(plan.updates):
-        (batch, indices), keys = batches.fill(update), plan.shape(update).keys
-        for part in range(plan.micro_batches):
-            found = score({name: value[part] for name, value in batch.items()}, keys)
-            real = indices[part] >= 0
-            for name, column in columns.items():
-                column[indices[part][real]] = np.asarray(found[name])[real]
-        for example in plan.windows[update].tolist():
-            for response in responses_of(data, example) if example >= 0 else ():
-                entry = unsaved[response.key] = {name: values[response.tokens] for name, values in columns.items()}
-                if not all(np.isfinite(values).all() for values in entry.values()):
-                    raise UserError(
-                        f"the log-probs of {what} for example {data.ids[example]!r} are not finite; "
-                        "check the model's weights and model.dtype."
-                    )
-        if time.perf_counter() - saved > _SAVE_SECONDS:
-            cache.append(unsaved)
-            unsaved, saved = {}, time.perf_counter()
-        progress.advance()
-    cache.append(unsaved)
+    with contextlib.closing(made_ahead(batches.fill, range(plan.updates))) as filled:
+        for update, (batch, indices) in enumerate(filled):
+            keys = plan.shape(update).keys
+            for part in range(plan.micro_batches):
+                found = score({name: value[part] for name, value in batch.items()}, keys)
+                real = indices[part] >= 0
+                for name, column in columns.items():
+                    column[indices[part][real]] = np.asarray(found[name])[real]
+            for example in plan.windows[update].tolist():
+                for response in responses_of(data, example) if example >= 0 else ():
+                    entry = unsaved[response.key] = {name: values[response.tokens] for name, values in columns.items()}
+                    if not all(np.isfinite(values).all() for values in entry.values()):
+                        raise UserError(
+                            f"the log-probs of {what} for example {data.ids[example]!r} are not finite; "
+                            "check the model's weights and model.dtype."
+                        )
+            if time.perf_counter() - saved > _SAVE_SECONDS:
+                cache.append(unsaved)
+                unsaved, saved = {}, time.perf_counter()
+            progress.advance()
+            if processes.is_stopping():
+                processes.first_alone(functools.partial(cache.append, unsaved))
+                done = f"{update + 1} of {plan.updates} batches of the reference pass are in the cache"
+                raise processes.StoppedError(done)
+    processes.first_alone(lambda: cache.append(unsaved))
     progress.close()
 
 

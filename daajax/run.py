@@ -10,20 +10,23 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from daajax import inputs, policy, reference, sharding
+from daajax import chips, compiler_options, flops, inputs, policy, processes, reference, sharding
 from daajax.config import Config, hyperparameters
 from daajax.console import say
 from daajax.data.packing import Plan
 from daajax.data.tokens import TokenizedData
 from daajax.errors import UserError
+from daajax.gradient import Beside
+from daajax.heads import Choice
 from daajax.losses.terms import Needs, Term
+from daajax.metrics import Meters
 from daajax.models import directory, lora
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.models.lora import Lora
 from daajax.optimizer import make_optimizer, make_schedule
 from daajax.scoring import Batch, Scorer
-from daajax.step import Beside, Follow, Update, abstract_state
+from daajax.step import Follow, Update, abstract_state
 
 
 def fetch_models(
@@ -42,6 +45,17 @@ def fetch_models(
     Raises:
         UserError: As `directory.fetch`.
     """
+    made = []
+
+    def first() -> dict[str, str]:
+        made.append(_fetch(config, revisions, with_weights=with_weights))
+        return made[0][1]
+
+    found = processes.from_first(first)  # an address means to all what it means to the first, which also fetches first
+    return made[0] if made else _fetch(config, {**(revisions or {}), **found}, with_weights=with_weights)
+
+
+def _fetch(config: Config, revisions: Mapping[str, str] | None, *, with_weights: bool) -> tuple[Config, dict[str, str]]:
     local: Config = config.copy_and_resolve_references()
     found: dict[str, str] = {}
     needing = {"model": not config.model.random_init, "lora": True, "reference": True, "tokenizer": False}
@@ -70,7 +84,8 @@ def make_update(
         updates: Length of the run, which the learning rate depends on.
 
     Raises:
-        UserError: If an axis of a parameter does not divide over the mesh, or the run ends before its warm-up does.
+        UserError: If an axis of a parameter does not divide over the mesh, the run ends before its warm-up does, or
+            the devices lack what an option asks for.
     """
     options, mesh = config.optimizer, scorer.mesh
     schedule = make_schedule(
@@ -94,11 +109,65 @@ def make_update(
         optimizer,
         schedule,
         batch_size=config.batch_size,
-        state=abstract_state(own, optimizer, terms, mesh, follows=follows),
+        state=abstract_state(own, optimizer, terms, mesh, follows=follows, offload=options.offload),
         beside=Beside(frozen, compared),
         reference_scorer=reference_scorer if is_live else None,
         follow=Follow(config.reference.ema.decay, config.reference.ema.every) if follows else None,
         router_loss_coef=config.model.router_aux_loss_coef,
+        head=config.head,
+        compiler_options=compiler_options.chosen(config.compiler_options, mesh),
+    )
+
+
+def make_meters(
+    config: Config,
+    scorer: Scorer,
+    reference_scorer: Scorer,
+    terms: Sequence[Term],
+    data: TokenizedData,
+    plan: Plan,
+    head: Choice,
+) -> Meters:
+    """What the speed of a run's updates is measured against. Arguments are those of `make_counts`."""
+    counts = make_counts(config, scorer, reference_scorer, terms, data, plan, head)
+    return Meters(counts, chips.peak_of(list(scorer.mesh.devices.flat), config.model.dtype, config.peak_flops))
+
+
+def make_counts(
+    config: Config,
+    scorer: Scorer,
+    reference_scorer: Scorer,
+    terms: Sequence[Term],
+    data: TokenizedData,
+    plan: Plan,
+    head: Choice,
+) -> flops.Counts:
+    """How much arithmetic a run's updates take.
+
+    Args:
+        config: The run's.
+        scorer: The policy's.
+        reference_scorer: The reference's.
+        terms: The loss.
+        data: The examples.
+        plan: Where they lie.
+        head: The form of the head.
+    """
+    is_coupled = Needs.of(terms).coupled or config.model.router_aux_loss_coef > 0
+    two_passes = is_coupled and plan.micro_batches > 1
+    return flops.of_plan(
+        plan,
+        data.lengths,
+        data.scored_lengths().sum(axis=1, dtype=np.int64),
+        scorer.model.architecture,
+        remat=scorer.model.remat,
+        attention=scorer.attention.name,
+        lora=scorer.model.lora,
+        live=reference_scorer.model.architecture if why_live(config, terms) else None,
+        two_passes=two_passes,
+        head=head,
+        is_vocabulary_cut=sharding.MeshDevices(scorer.mesh).parts("vocab") > 1,
+        parts=sharding.row_multiple(scorer.mesh),
     )
 
 
@@ -161,6 +230,51 @@ def make_reference_scorer(config: Config, scorer: Scorer, terms: Sequence[Term],
     return dataclasses.replace(found, model=found.model.clone(param_dtype=found.model.dtype))
 
 
+def make_reference_pass(config: Config, reference_scorer: Scorer, names: tuple[str, ...]) -> Any:
+    """The reference pass over one micro-batch, under jit: `statistics = score(params, part, keys=…)`.
+
+    Args:
+        config: The run's.
+        reference_scorer: The reference's; of its mesh it needs no more than a description.
+        names: Statistics of the reference, keys of `daajax.ops.statistics.STATISTICS`.
+    """
+    mesh = reference_scorer.mesh
+
+    @functools.partial(
+        jax.jit,
+        static_argnames="keys",
+        out_shardings=sharding.replicated(mesh),  # every process has all of them
+        compiler_options=compiler_options.chosen(config.compiler_options, mesh) or None,
+    )
+    def score(params: Params, part: Batch, keys: int) -> dict[str, jax.Array]:
+        return reference_scorer.statistics(reference_scorer.states(params, part, keys=keys), part, names)
+
+    return score
+
+
+def lower_reference_pass(
+    config: Config, reference_scorer: Scorer, part: Mapping[str, Any], names: tuple[str, ...], *, keys: int
+) -> jax.stages.Lowered:
+    """The reference pass as a program that is not compiled yet, before any of its arrays exist.
+
+    Args:
+        config: The run's; its reference is scored in a pass of its own.
+        reference_scorer: The reference's.
+        part: What has the keys, shapes and dtypes of a micro-batch.
+        names: See `make_reference_pass`.
+        keys: The plan's capacity for this shape.
+    """
+    mesh = reference_scorer.mesh
+    params = sharding.abstract(*policy.param_layout(reference_scorer, mesh))
+    if config.reference.mode != "path":
+        params = policy.at_start(config, params)
+    if config.reference.mode == "adapter_off":
+        params = lora.without(params)
+    rows = sharding.sharding(mesh, ("rows",))
+    shaped = sharding.abstract(part, dict.fromkeys(part, rows))
+    return make_reference_pass(config, reference_scorer, names).lower(params, shaped, keys=keys)
+
+
 def load_reference(
     config: Config,
     sets: Sequence[tuple[TokenizedData, Plan]],
@@ -201,17 +315,13 @@ def load_reference(
         say(f"reference: {what} ({digest[:12]}) stays in memory beside the policy: {why}")
         return Reference([{} for _ in sets], initial, digest, same, reference_part(config, params, adapters))
     names = Needs.of(terms).of_reference
-    cache = reference.Cache(
-        config.reference.cache_dir,
-        reference.Header(digest, dataclasses.asdict(architecture), config.model.dtype),
-        names,
-    )
+    header = reference.Header(digest, dataclasses.asdict(architecture), config.model.dtype)
+    opened = functools.partial(reference.Cache, config.reference.cache_dir, header, names)
+    cache = processes.by_first(opened, functools.partial(opened, is_kept=False))
     for line in cache.notices:
         say(line)
 
-    @functools.partial(jax.jit, static_argnames="keys")
-    def score(params: Params, part: Batch, keys: int) -> dict[str, jax.Array]:
-        return reference_scorer.statistics(reference_scorer.states(params, part, keys=keys), part, names)
+    score = make_reference_pass(config, reference_scorer, names)
 
     def score_part(part: dict[str, np.ndarray], keys: int) -> dict[str, jax.Array]:
         return score(params, sharding.place(mesh, part, ("rows",)), keys=keys)
@@ -219,7 +329,8 @@ def load_reference(
     columns = []
     for data, plan in sets:
         examples = reference.examples_of(plan)
-        unscored = reference.missing(data, examples, cache)
+        lacking = processes.from_first(lambda data=data, own=examples: reference.missing(data, own, cache).tolist())
+        unscored = np.array(lacking, np.int64)
         say(
             f"reference: {what} ({digest[:12]}), {len(examples) - len(unscored)} of {len(examples)} examples in the "
             f"cache {cache.folder}"
@@ -228,7 +339,8 @@ def load_reference(
             # No more tokens at a time than the plan has, also where it is the long examples that are lacking.
             layout = inputs.plan_sweep(config, data, mesh, examples=unscored, most_tokens=plan.most_tokens)
             reference.score_pass(data, layout, score_part, cache, what=what)
-        columns.append(reference.columns_of(data, examples, cache))
+        found = reference.columns_of(data, examples, cache) if processes.is_first() else dict.fromkeys(names)
+        columns.append({name: processes.array_from_first(found[name], len(data.tokens)) for name in names})
         if "entropies" in names:
             columns[-1]["entropies"] /= math.log(architecture.vocab_size)
     return Reference(columns, initial, digest, same)

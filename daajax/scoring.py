@@ -12,31 +12,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from daajax import attention as attentions
 from daajax import sharding
 from daajax.models.architecture import Architecture
 from daajax.models.decoder import Decoder, Params, Routing, projection, variables
 from daajax.models.lora import Lora
-from daajax.ops import attention, experts
+from daajax.ops import embedding, experts
 from daajax.ops.head import token_statistics
+from daajax.ops.logits import Head
+from daajax.ops.row_head import row_gradients
+from daajax.ops.slots import at_sources
 
 Batch = Mapping[str, Array]
 
 SUM_CHUNK = 1024  # scored tokens whose masks exist at once
-
-# How queries see keys: a function of (batch, gathered keys, window) made once per micro-batch, and the attention that
-# reads it.
-ATTENTION: dict[str, tuple[Callable[[Batch, int, int | None], Any], Callable[..., Array]]] = {
-    "blockwise": (
-        lambda batch, keys, window: attention.key_layout(
-            batch["segments"], batch["branches"], responses=batch["lengths"].shape[-1], keys=keys, window=window
-        ),
-        attention.blockwise,
-    ),
-    "dense": (
-        lambda batch, keys, window: attention.visible(batch["segments"], batch["branches"], batch["positions"], window),
-        attention.dense,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +36,13 @@ class Scorer:
         model: The decoder.
         see: Makes what attention needs to know of the rows.
         mesh: Where it runs.
-        attention: Name of the attention.
+        attention: Which attention, and why.
     """
 
     model: Decoder
     see: Callable[[Batch, int], Any]
     mesh: Any
-    attention: str
+    attention: attentions.Choice
 
     @classmethod
     def make(
@@ -66,38 +55,40 @@ class Scorer:
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
         lora: Lora | None = None,
+        longest: int | None = None,
     ) -> "Scorer":
         """Puts model, attention and head together for a mesh.
 
         Args:
             architecture: What the model computes.
             mesh: Where it runs.
-            attention: Key of `ATTENTION`.
-            remat: Key of `decoder.REMAT`.
+            attention: Key of `daajax.attention.ATTENTION`, or `auto`.
+            remat: Key of `daajax.models.remat.REMAT`.
             dtype: Compute dtype.
             param_dtype: Dtype of the parameters.
             lora: Adapters that it may have.
+            longest: Most tokens of a prompt with one response; None: as many as a row has.
 
         Raises:
-            UserError: If the mesh cuts the heads into unequal parts.
+            UserError: If the mesh cuts the heads into unequal parts, or the attention does not serve there.
         """
         sharding.check_divides(mesh, "heads", architecture.num_attention_heads, "attention heads")
         sharding.check_divides(mesh, "kv_heads", architecture.num_key_value_heads, "key-value heads")
-        see, attend = ATTENTION[attention]
-        a = architecture
-        attend = functools.partial(attend, scale=a.attention_scale, softcap=a.attn_logit_softcapping)
+        chosen = attentions.choose(attention, architecture, mesh, dtype)
+        see, attend = attentions.ATTENTION[chosen.name].make(architecture, longest)
         queries, keys = ("rows", "length", "heads", "head_dim"), ("rows", "length", "kv_heads", "head_dim")
         model = Decoder(
             architecture,
             attend=sharding.local(attend, mesh, (queries, keys, keys, ("rows",)), queries),
             mix=functools.partial(_mix, mesh),
+            lookup=functools.partial(embedding.lookup, devices=sharding.MeshDevices(mesh)),
             constrain=sharding.constrain(mesh, ("rows", "length", None)),
             dtype=dtype,
             param_dtype=param_dtype,
             remat=remat,
             lora=lora,
         )
-        return cls(model, lambda batch, keys: see_kinds(a, lambda window: see(batch, keys, window)), mesh, attention)
+        return cls(model, see, mesh, chosen)
 
     def states(self, params: Params, batch: Batch, *, keys: int, routed: bool = False) -> "States":
         """The model's last hidden states of one micro-batch, with the projection that makes logits of them.
@@ -109,35 +100,93 @@ class Scorer:
             routed: Whether to sum how routers sent the tokens to experts.
         """
         apply: Any = self.model.apply
-        architecture = self.model.architecture
         seen, weighed = self.see(batch, keys), responses_served(batch) if routed else None
         hidden, routing = apply(variables(params), batch["tokens"], batch["positions"], seen, weighed)
+        return self.states_of(params, hidden, routing)
+
+    def states_of(self, params: Params, hidden: Array, routing: Routing | None = None) -> "States":
+        """Hidden states with what these parameters make logits of them with."""
+        architecture = self.model.architecture
         return States(hidden, projection(params, architecture), architecture.final_logit_softcapping, routing)
 
     def statistics(
-        self, states: "States", batch: Batch, names: tuple[str, ...], *, reference: "States | None" = None
+        self,
+        states: "States",
+        batch: Batch,
+        names: tuple[str, ...],
+        *,
+        reference: "States | None" = None,
+        is_frozen: bool = False,
     ) -> dict[str, Float[Array, "rows scored"]]:
         """Statistics of the distributions that scored tokens are drawn from, float32; 0 in empty slots.
 
         Args:
             states: What `states` returned.
             batch: The same micro-batch.
-            names: Keys of `daajax.ops.head.STATISTICS`.
+            names: Keys of `daajax.ops.statistics.STATISTICS`.
             reference: States of the reference's model; it is read by `kl`, and only by it.
+            is_frozen: Whether the head may count on a projection that is not trained.
         """
-        rows, whole = ("rows",), ()
-        given = [(states.hidden, rows), (states.weights, whole)]
-        given += [(batch[name], rows) for name in ("sources", "targets", "owners")]
-        if reference is not None:
-            given += [(reference.hidden, rows), (reference.weights, whole)]
-        arrays, axes = zip(*given, strict=True)
-        score = functools.partial(
-            _head_statistics,
-            names=names,
+        head, operands = self._head(states, batch, names, reference, is_frozen=is_frozen)
+        return token_statistics(head, *operands)
+
+    def row_gradients(
+        self,
+        states: "States",
+        batch: Batch,
+        names: tuple[str, ...],
+        of_row: Callable[[dict[str, Array], Batch, Any], tuple[dict[str, Array], Any]],
+        shared: Any,
+        *,
+        reference: "States | None" = None,
+        is_trained: bool = True,
+    ) -> tuple[Any, Array, Array | None]:
+        """What a function of a row's statistics gives, and the gradients of hidden states and projection.
+
+        Args:
+            states: What `states` returned.
+            batch: The same micro-batch.
+            names: Keys of `daajax.ops.statistics.STATISTICS`.
+            of_row: From a row's statistics, what the batch has of that row, and `shared`, to the gradient of the loss
+                with respect to each statistic and whatever else is wanted.
+            shared: What it reads besides.
+            reference: As for `statistics`.
+            is_trained: Whether to make a gradient of the projection.
+
+        Returns:
+            What else `of_row` gave, [rows, …]; the gradient of `states.hidden`; that of `states.weights`.
+        """
+        head, (hidden, *operands) = self._head(states, batch, names, reference)
+        _, spread = jax.vjp(lambda hidden: self._at_sources(hidden, batch), states.hidden)
+        found, d_hidden, d_weights = row_gradients(
+            head, hidden, *operands, of_row=of_row, columns=dict(batch), shared=shared, is_trained=is_trained
+        )
+        return found, spread(d_hidden)[0], d_weights
+
+    def _at_sources(self, hidden: Array, batch: Batch) -> Array:
+        responses = batch["lengths"].shape[-1]
+        return at_sources(hidden, batch["sources"], batch["owners"], responses, sharding.MeshDevices(self.mesh))
+
+    def _head(
+        self,
+        states: "States",
+        batch: Batch,
+        names: tuple[str, ...],
+        reference: "States | None",
+        *,
+        is_frozen: bool = False,
+    ) -> tuple[Head, tuple[Array, ...]]:
+        """The head of these states, and what it is given."""
+        other = () if reference is None else (self._at_sources(reference.hidden, batch), reference.weights)
+        head = Head(
+            names,
             softcap=states.softcap,
             reference_softcap=None if reference is None else reference.softcap,
+            is_frozen=is_frozen,
+            devices=sharding.MeshDevices(self.mesh),
         )
-        return sharding.local(score, self.mesh, axes, rows)(*arrays)
+        hidden = self._at_sources(states.hidden, batch)
+        return head, (hidden, states.weights, batch["targets"], batch["owners"] >= 0, *other)
 
     def token_logps(self, params: Params, batch: Batch, *, keys: int) -> Float[Array, "rows scored"]:
         """Log-probs of the scored tokens, nats, float32; 0 in empty slots. Arguments are those of `states`."""
@@ -168,20 +217,6 @@ def responses_served(batch: Batch) -> Float[Array, "rows length"]:
     return jnp.where(segments > 0, jnp.where(branches == 0, shared, 1), 0).astype(jnp.float32)
 
 
-def see_kinds(architecture: Architecture, see: Callable[[int | None], Any]) -> Any:
-    """What layers of every kind see; where there are several kinds, their axis leads.
-
-    Args:
-        architecture: Whose layers.
-        see: From a window to what attention needs to know of the rows.
-    """
-    windows = [kind.sliding_window for kind in architecture.kinds]
-    seen = {window: see(window) for window in windows}
-    if len(windows) == 1:
-        return seen[windows[0]]
-    return jax.tree.map(lambda *values: jnp.stack(values), *(seen[window] for window in windows))
-
-
 def _mix(mesh: Any, x: Array, chosen: Array, weights: Array, gate: Array, up: Array, down: Array, act: Any) -> Array:
     """`experts.mix` with the experts cut over devices: each computes its own experts' part for its rows."""
 
@@ -191,42 +226,6 @@ def _mix(mesh: Any, x: Array, chosen: Array, weights: Array, gate: Array, up: Ar
     rows, own, ids = ("rows",), ("experts",), jnp.arange(len(gate), dtype=jnp.int32)
     axes = (rows, rows, rows, own, own, own, own)
     return sharding.local(part, mesh, axes, (*own, *rows))(x, chosen, weights, gate, up, down, ids).sum(axis=0)
-
-
-def _head_statistics(
-    hidden: Float[Array, "rows length embed"],
-    weights: Float[Array, "vocab embed"],
-    sources: Int[Array, "rows scored"],
-    targets: Int[Array, "rows scored"],
-    owners: Int[Array, "rows scored"],
-    reference_hidden: Float[Array, "rows length reference_embed"] | None = None,
-    reference_weights: Float[Array, "vocab reference_embed"] | None = None,
-    *,
-    names: tuple[str, ...],
-    softcap: float | None,
-    reference_softcap: float | None = None,
-) -> dict[str, Float[Array, "rows scored"]]:
-    """Statistics at the scored slots; only hidden states that predict a scored token reach the projection."""
-    rows, scored = sources.shape
-
-    # Scored slots fill up from the front of each row: slot by slot through the rows, the empty ones come last.
-    def in_turn(hidden: Array) -> Array:
-        at_sources = jnp.take_along_axis(hidden, sources[:, :, None], axis=1)
-        return at_sources.swapaxes(0, 1).reshape(rows * scored, -1)
-
-    last = jnp.where(owners.T.reshape(-1) >= 0, jnp.arange(rows * scored), -1).max()
-    statistics = token_statistics(
-        in_turn(hidden),
-        weights,
-        targets.T.reshape(-1),
-        last + 1,
-        names=names,
-        reference_hidden=None if reference_hidden is None else in_turn(reference_hidden),
-        reference_projection=reference_weights,
-        softcap=softcap,
-        reference_softcap=reference_softcap,
-    )
-    return {name: jnp.where(owners >= 0, values.reshape(scored, rows).T, 0) for name, values in statistics.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

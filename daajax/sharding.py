@@ -4,6 +4,7 @@ Arrays declare logical axes; `RULES` maps every one of them to mesh axes. An axi
 ValueError, so that nothing is replicated by accident.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from daajax.errors import UserError
@@ -20,6 +22,8 @@ AXES = (
     "fsdp",
     "tensor",
 )  # replicas of the model · its parameters cut up, gathered layer by layer · heads and MLP cut up
+
+HOST = "pinned_host"  # the kind of a host's memory that its devices read by themselves
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations and batches
@@ -72,7 +76,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {shape} needs {least}{known} devices but {count} are visible; "
             "set config.mesh or use -1 for one axis."
         )
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # An axis is not the product of some of the torus's: it shares one of these with another.
+        there = jax.devices() if devices is None else list(devices)
+        spread = mesh_utils.create_device_mesh(tuple(shape.values()), there, allow_split_physical_axes=True)
+        return Mesh(spread, AXES, axis_types=types)
+
+
+def device_of(mesh: Mesh) -> Any:
+    """One of its devices, which stands for all; it need not be there."""
+    return mesh.devices.flat[0]
 
 
 def row_multiple(mesh: Mesh) -> int:
@@ -95,7 +111,11 @@ def check_divides(mesh: Mesh, axis: str, size: int, what: str) -> None:
 
 
 def _parts(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in ([mesh_axes] if isinstance(mesh_axes, str) else mesh_axes or ()))
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(mesh_axes))
+
+
+def _mesh_axes(mesh_axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -168,10 +188,26 @@ def describe(shapes: Any, shardings: Any) -> list[str]:
     ]
 
 
-def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, shapes: Any, shardings: Any) -> Any:
-    """Optimizer state lives where its parameters live; what has another shape, such as a count, is on every device."""
+def optimizer_shardings(
+    mesh: Mesh, optimizer: optax.GradientTransformation, shapes: Any, shardings: Any, *, offload: bool = False
+) -> Any:
+    """Optimizer state lives where its parameters live; what has another shape, such as a count, is on every device.
+
+    Args:
+        mesh: The mesh.
+        optimizer: Whose state.
+        shapes: Of the parameters.
+        shardings: Of the parameters.
+        offload: Whether what is as large as a parameter lies in the memory of the device's host, cut up alike.
+
+    Raises:
+        UserError: If there is no such memory.
+    """
     state = jax.eval_shape(optimizer.init, shapes)
     whole = replicated(mesh)
+    if offload:
+        _check_host_memory(mesh.devices.flat[0])
+        shardings = jax.tree.map(lambda where: where.with_memory_kind(HOST), shardings)
     return optax.tree_utils.tree_map_params(
         optimizer,
         lambda leaf, shape, where: where if leaf.shape == shape.shape else whole,
@@ -182,12 +218,82 @@ def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, sha
     )
 
 
+def _check_host_memory(device: Any) -> None:
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:  # nor is any known of GPUs that are described and not there
+        raise UserError(
+            f"config.optimizer.offload=True needs memory of the kind {HOST!r}, but {device.device_kind} names "
+            f"{', '.join(kinds) or 'none'}; leave it False."
+        )
+
+
+def is_in_host_memory(where: Any) -> bool:
+    """Whether an array, or what stands for one, lies in the memory of its devices' hosts."""
+    return where.memory_kind == HOST
+
+
+def to_device_memory(tree: Any, shardings: Any) -> Any:
+    """Arrays in the memory of their devices, also under jit; those that are there stay as they are.
+
+    Args:
+        tree: The arrays.
+        shardings: The same tree, where each is.
+    """
+
+    def one(x: Any, where: NamedSharding) -> Any:
+        return jax.device_put(x, where.with_memory_kind("device")) if is_in_host_memory(where) else x
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of a batch's rows the devices of this process hold: their numbers, ascending, int [own]."""
+    held = sharding(mesh, ("rows",)).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in held.values()]))
+
+
 def place(
-    mesh: Mesh, batch: Mapping[str, np.ndarray], leading: Axes = ("micro_batches", "rows")
+    mesh: Mesh,
+    batch: Mapping[str, np.ndarray],
+    leading: Axes = ("micro_batches", "rows"),
+    *,
+    rows: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Makes global arrays of a host batch; each process fills in the parts its devices hold."""
-    where = sharding(mesh, leading)
-    return {key: jax.make_array_from_callback(value.shape, where, value.__getitem__) for key, value in batch.items()}
+    """Makes global arrays of a host batch; each process fills in the parts its devices hold.
+
+    Args:
+        mesh: The mesh.
+        batch: The rows of `own_rows`, or all of them.
+        leading: Leading axes of every array.
+        rows: How many there are in all processes; None: as many as in `batch`.
+    """
+    where, axis = sharding(mesh, leading), leading.index("rows")
+    own = None if rows is None else own_rows(mesh, rows)
+
+    def placed(value: np.ndarray) -> jax.Array:
+        shape = list(value.shape)
+        shape[axis] = rows or shape[axis]
+
+        def part(index: Any) -> np.ndarray:
+            begin, end, _ = index[axis].indices(shape[axis])  # a device's rows lie beside one another, here too
+            here = begin if own is None else int(np.searchsorted(own, begin))
+            return value[(*index[:axis], slice(here, here + end - begin), *index[axis + 1 :])]
+
+        return jax.make_array_from_callback(tuple(shape), where, part)
+
+    return {key: placed(value) for key, value in batch.items()}
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """An array on the host, whole in every process; all of them ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    where: Any = x.sharding
+    return np.asarray(jax.jit(_same, out_shardings=replicated(where.mesh))(x))
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:
@@ -206,19 +312,70 @@ def constrain(mesh: Mesh, axes: Axes) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, where)
 
 
-def local(function: Callable[..., Any], mesh: Mesh, in_axes: Sequence[Axes], out_axes: Axes) -> Callable[..., Any]:
+def local(function: Callable[..., Any], mesh: Mesh, in_axes: Sequence[Axes], out_axes: Any) -> Callable[..., Any]:
     """Runs a function on each device's part of its arguments.
 
-    The function may not communicate. Arguments are differentiable: gradients of what is whole on several devices are
-    summed over them.
+    It may communicate through `MeshDevices` only. What does not is differentiable: gradients of what is whole on
+    several devices are summed over them.
 
     Args:
         function: Single-device code.
         mesh: The mesh.
         in_axes: Leading logical axes of each argument; for a tree, of all its leaves.
-        out_axes: Likewise of every output.
+        out_axes: Likewise of every output, or of each of several.
     """
+    several = any(isinstance(axes, tuple) for axes in out_axes)
+    out_specs = tuple(spec(axes) for axes in out_axes) if several else spec(out_axes)
     # Without check_vma: loops inside start from constants, which the check would call unvarying and refuse.
     return jax.shard_map(
-        function, mesh=mesh, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=spec(out_axes), check_vma=False
+        function, mesh=mesh, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=out_specs, check_vma=False
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshDevices:
+    """The devices of a mesh, as `daajax.ops.devices` has operations see them."""
+
+    mesh: Mesh
+
+    def local(self, function: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Any) -> Callable[..., Any]:
+        """See `local`."""
+        return local(function, self.mesh, in_axes, out_axes)
+
+    def parts(self, axis: str) -> int:
+        """How many parts a logical axis is cut into."""
+        return _parts(self.mesh, spec((axis,))[0])
+
+    def index(self, axis: str) -> jax.Array:
+        """Which of them this device has; inside `local`."""
+        return jax.lax.axis_index(spec((axis,))[0])
+
+    def sum(self, x: jax.Array, axis: str) -> jax.Array:
+        """The sum over the parts; inside `local`."""
+        return jax.lax.psum(x, spec((axis,))[0])
+
+    def sum_cut(self, x: jax.Array, axis: str, place: int, along: str) -> jax.Array:
+        """The sum over the parts, of which each device keeps what it has of another axis; inside `local`."""
+        kept = _mesh_axes(spec((along,))[0])
+        return jax.lax.psum_scatter(self.sum_others(x, axis, along), kept, scatter_dimension=place, tiled=True)
+
+    def sum_others(self, x: jax.Array, axis: str, but: str) -> jax.Array:
+        """The sum over the parts of `axis` that are one part of `but`; inside `local`."""
+        over, kept = (_mesh_axes(spec((name,))[0]) for name in (axis, but))
+        return jax.lax.psum(x, tuple(name for name in over if name not in kept))
+
+    def gather(self, x: jax.Array, axis: str, place: int) -> jax.Array:
+        """What all parts have, one after another along the array's axis `place`; inside `local`."""
+        return jax.lax.all_gather(x, spec((axis,))[0], axis=place, tiled=True) if self.parts(axis) > 1 else x
+
+    def exchange(self, x: jax.Array, axis: str, split: int, joined: int) -> jax.Array:
+        """Of the axis `split`, each part's piece of every part, along the axis `joined`; inside `local`."""
+        return jax.lax.all_to_all(x, spec((axis,))[0], split, joined, tiled=True) if self.parts(axis) > 1 else x
+
+    def max(self, x: jax.Array, axis: str) -> jax.Array:
+        """The maximum over the parts; inside `local`."""
+        return jax.lax.pmax(x, spec((axis,))[0])
+
+    def keep(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """The same array, which stays where these axes put it until it is used."""
+        return constrain(self.mesh, axes)(x)

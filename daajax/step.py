@@ -1,28 +1,19 @@
-"""One update: score, take the loss's gradient with respect to log-probs, pull it back, step the optimizer.
+"""One update: the gradient of its loss, and a step of the optimizer."""
 
-The loss is a function of `[examples, K]` log-probs, and its gradient is taken on those small arrays; the model's
-vector-Jacobian product then pulls it back. With one micro-batch that is plain backpropagation. With several, an
-objective that couples the examples of an update first sees all of them: one pass scores without gradient, a second one
-pulls back. So does a loss that balances experts over the update. The others need one pass.
-"""
-
-import math
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from daajax import ema, metrics, sharding
-from daajax.loss import Counts, Order, State, Sums, loss_of, router_loss, sums_of
-from daajax.losses.terms import Needs, Term, initial_state
-from daajax.models import lora
-from daajax.models.decoder import Params, Routing
-from daajax.scoring import Batch, Scorer, States
-
-Scored = tuple[Sums, Routing | None]  # what the loss is a function of
+from daajax import ema, heads, sharding
+from daajax.gradient import NOTHING, Beside, Live, loss_and_gradient
+from daajax.losses.terms import Term, initial_state
+from daajax.models.decoder import Params
+from daajax.scoring import Batch, Scorer
 
 
 class TrainState(NamedTuple):
@@ -83,7 +74,13 @@ def _counts_for_schedule(path: Any, value: Any) -> bool:
 
 
 def abstract_state(
-    params: Params, optimizer: optax.GradientTransformation, terms: Sequence[Term], mesh: Any, *, follows: bool = False
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    terms: Sequence[Term],
+    mesh: Any,
+    *,
+    follows: bool = False,
+    offload: bool = False,
 ) -> TrainState:
     """Shape, dtype and sharding of every leaf of a state: what it is compiled for, and what a checkpoint is read into.
 
@@ -93,10 +90,14 @@ def abstract_state(
         terms: The loss.
         mesh: The mesh.
         follows: Whether the state has a reference that follows the policy.
+        offload: Whether the optimizer's moments lie in the memory of the hosts.
+
+    Raises:
+        UserError: If the devices' hosts have no such memory.
     """
     whole = sharding.replicated(mesh)
     moments = jax.eval_shape(optimizer.init, params)
-    where = sharding.optimizer_shardings(mesh, optimizer, params, sharding.homes(params))
+    where = sharding.optimizer_shardings(mesh, optimizer, params, sharding.homes(params), offload=offload)
     return TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params,
@@ -109,179 +110,6 @@ def abstract_state(
 def all_finite(params: Params) -> Array:
     """Whether every parameter is a number, bool []."""
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
-
-
-class Beside(NamedTuple):
-    """Parameters beside the state, which no update changes.
-
-    Attributes:
-        frozen: The policy's that are not trained.
-        reference: Those of a live reference that are neither frozen ones of the policy nor part of the state.
-    """
-
-    frozen: Params
-    reference: Params
-
-    def at(self, state: TrainState) -> "Beside":
-        """The same with the reference of a state that has one."""
-        return self._replace(reference=state.reference) if state.reference else self
-
-
-NOTHING = Beside({}, {})
-
-
-class Live(NamedTuple):
-    """A reference whose model is there beside the policy's.
-
-    Attributes:
-        scorer: Scores rows under it.
-        params: Its parameters.
-    """
-
-    scorer: Scorer
-    params: Params
-
-    @classmethod
-    def beside(cls, policy: Scorer, scorer: Scorer, beside: Beside) -> "Live":
-        """The reference beside a policy, which shares its frozen parameters where it is the same model.
-
-        Args:
-            policy: Scores rows under the policy.
-            scorer: Scores rows under the reference.
-            beside: The parameters of both that no update changes.
-        """
-        return cls(scorer, lora.joined(beside.reference, beside.frozen) if scorer is policy else beside.reference)
-
-
-def sums_under(
-    scorer: Scorer,
-    params: Params,
-    batch: Batch,
-    needs: Needs,
-    *,
-    keys: int,
-    live: Live | None = None,
-    routed: bool = False,
-) -> tuple[Sums, Routing | None]:
-    """Scores one micro-batch, sums what the terms need of it, and how routers sent its tokens, if `routed`.
-
-    Args:
-        scorer: The policy's.
-        params: The policy's.
-        batch: The micro-batch; what it says of the reference counts only if that is not live.
-        needs: What the terms need.
-        keys: The plan's capacity in gathered keys.
-        live: The reference, where it is; it gets no gradient.
-        routed: Whether to sum how routers sent the tokens to experts.
-    """
-    compared = None
-    if live is not None:
-        states = live.scorer.states(jax.lax.stop_gradient(live.params), batch, keys=keys)
-        batch = {**batch, **_columns(live.scorer, states, batch, needs)}
-        compared = states if needs.live else None
-    own = scorer.states(params, batch, keys=keys, routed=routed)
-    found = scorer.statistics(own, batch, needs.statistics, reference=compared)
-    return sums_of(found, batch, needs), own.routing
-
-
-def known_of_reference(
-    live: Live, batch: Batch, needs: Needs, *, keys: int
-) -> dict[str, Float[Array, "parts rows scored"]]:
-    """What a live reference makes of a whole update, under the keys of a batch that it is cached under otherwise."""
-
-    @jax.jit
-    def of_part(params: Params, part: Batch) -> dict[str, Array]:
-        return _columns(live.scorer, live.scorer.states(params, part, keys=keys), part, needs)
-
-    parts = [{name: value[n] for name, value in batch.items()} for n in range(len(batch["places"]))]
-    found = [of_part(live.params, part) for part in parts]
-    return jax.tree.map(lambda *values: jnp.stack(values), *found)
-
-
-def _columns(scorer: Scorer, states: States, part: Batch, needs: Needs) -> dict[str, Float[Array, "rows scored"]]:
-    """The reference's log-probs, and its entropies as a share of the largest there is."""
-    found = scorer.statistics(states, part, needs.of_reference)
-    columns = {"reference": found["logps"]}
-    if "entropies" in found:
-        columns["entropies"] = found["entropies"] / math.log(scorer.model.architecture.vocab_size)
-    return columns
-
-
-def loss_and_gradient(
-    scorer: Scorer,
-    params: Params,
-    batch: Batch,
-    terms: Sequence[Term],
-    state: State,
-    *,
-    batch_size: int,
-    keys: int,
-    live: Live | None = None,
-    router_loss_coef: float = 0.0,
-    frozen: Params | None = None,
-) -> tuple[Params, metrics.Logged, State]:
-    """Gradient of an update's loss, float32; what to log of it; what the objectives keep after it.
-
-    Args:
-        scorer: Scores rows.
-        params: The policy's that are trained.
-        batch: A whole update, `[micro_batches, rows, …]`.
-        terms: The loss.
-        state: What the objectives keep, after the update before.
-        batch_size: Examples an update.
-        keys: The plan's capacity in gathered keys.
-        live: The reference, where its model is there.
-        router_loss_coef: What `daajax.loss.router_loss` is added with.
-        frozen: The policy's that are not trained; they get no gradient.
-    """
-    counts, needs, balances = Counts.of(batch), Needs.of(terms), router_loss_coef > 0
-
-    def score(params: Params, part: Batch) -> Scored:
-        policy = lora.joined(params, frozen or {})
-        return sums_under(scorer, policy, part, needs, keys=keys, live=live, routed=balances)
-
-    def cotangents(scored: Scored, part: Batch) -> tuple[Scored, tuple[metrics.Logged, State]]:
-        """Gradient of the loss with respect to sums; the examples of other parts are absent from it."""
-        (sums, routing), order = scored, Order(part["places"], batch_size)
-        by_place = jax.tree.map(order.by_place, sums)
-        gradient, (logged, kept) = jax.grad(loss_of, has_aux=True)(by_place, order.examples(part), terms, counts, state)
-        d_routing = None
-        if routing is not None:
-            loss, d_routing = jax.value_and_grad(lambda r: router_loss_coef * router_loss(r))(routing)
-            logged = logged.with_term("router", loss)
-        return (jax.tree.map(order.by_slot, gradient), d_routing), (logged, kept)
-
-    def pull_back(part: Batch, cotangents_of: Callable[[Scored], tuple[Scored, Any]]) -> tuple[Params, Any]:
-        scored, pull = jax.vjp(lambda params: score(params, part), params)
-        cotangent, rest = cotangents_of(scored)
-        (gradient,) = pull(cotangent)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), rest
-
-    if len(batch["places"]) == 1:
-        part = {name: value[0] for name, value in batch.items()}
-        gradient, (logged, kept) = pull_back(part, lambda scored: cotangents(scored, part))
-        return gradient, logged, kept
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    if needs.coupled or balances:
-
-        def pull(total: Params, operands: tuple[Batch, Sums]) -> tuple[Params, None]:
-            part, cotangent = operands
-            gradient, _ = pull_back(part, lambda _: ((cotangent, d_routing), None))
-            return jax.tree.map(jnp.add, total, gradient), None
-
-        _, (sums, routing) = jax.lax.scan(lambda _, part: (None, score(params, part)), None, batch)
-        whole = jax.tree.map(lambda x: x.sum(axis=0), routing)
-        (cotangent, d_routing), (logged, kept) = cotangents((sums, whole), batch)
-        gradient, _ = jax.lax.scan(pull, zeros, (batch, cotangent))
-        return gradient, logged, kept
-
-    def accumulate(total: Params, part: Batch) -> tuple[Params, metrics.Logged]:
-        gradient, (logged, _) = pull_back(part, lambda scored: cotangents(scored, part))
-        return jax.tree.map(jnp.add, total, gradient), logged
-
-    gradient, logged = jax.lax.scan(accumulate, zeros, batch)
-    return gradient, logged.combined(), {}
 
 
 class Follow(NamedTuple):
@@ -318,6 +146,8 @@ class Update:
         reference_scorer: Scores rows under a reference whose model is there beside the policy's; None: none is.
         follow: How a reference that is part of the state follows the policy.
         router_loss_coef: What the loss that balances experts is added with.
+        head: Form of the head, a key of `daajax.heads.FORMS`, or auto.
+        compiler_options: What its compiler is told, see `daajax.compiler_options`.
     """
 
     def __init__(
@@ -333,11 +163,16 @@ class Update:
         reference_scorer: Scorer | None = None,
         follow: Follow | None = None,
         router_loss_coef: float = 0.0,
+        head: str = "auto",
+        compiler_options: Mapping[str, Any] | None = None,
     ):
+        homes = sharding.homes(state)
+        is_offloaded = any(map(sharding.is_in_host_memory, jax.tree.leaves(homes.optimizer)))
+
         def update(state: TrainState, batch: Batch, beside: Beside, keys: int) -> tuple[TrainState, dict[str, Array]]:
             live = None
             if reference_scorer is not None:
-                live = Live.beside(scorer, reference_scorer, beside.at(state))
+                live = Live.beside(scorer, reference_scorer, beside.following(state.reference))
             gradient, logged, kept = loss_and_gradient(
                 scorer,
                 state.params,
@@ -349,8 +184,13 @@ class Update:
                 live=live,
                 router_loss_coef=router_loss_coef,
                 frozen=beside.frozen,
+                head=self.head_for(batch).form,
             )
-            changes, moments = optimizer.update(gradient, state.optimizer, state.params)
+            before = state.optimizer
+            if is_offloaded:  # the moments come when the gradient is there, not while it is computed
+                gradient, before = jax.lax.optimization_barrier((gradient, before))
+                before = sharding.to_device_memory(before, homes.optimizer)
+            changes, moments = optimizer.update(gradient, before, state.params)
             params: Any = optax.apply_updates(state.params, changes)
             moved = state.reference
             if follow is not None:
@@ -362,16 +202,37 @@ class Update:
             return TrainState(state.step + 1, params, moments, kept, moved), values
 
         self.optimizer, self.state, self.beside = optimizer, state, beside
+        self._head = head
+        self._choose = functools.partial(
+            heads.choose,
+            terms=terms,
+            scorer=scorer,
+            is_trained=scorer.model.architecture.projection in state.params,
+            is_live=reference_scorer is not None,
+            balances=router_loss_coef > 0,
+        )
         self._of_batch = sharding.sharding(scorer.mesh, ("micro_batches", "rows"))
-        homes = sharding.homes(state)
         self._jitted = jax.jit(
             update,
             static_argnums=3,
             in_shardings=(homes, self._of_batch, sharding.homes(beside)),
             out_shardings=(homes, sharding.replicated(scorer.mesh)),
             donate_argnums=0,
+            compiler_options=dict(compiler_options or {}) or None,
         )
         self._compiled = {}
+
+    def head_for(self, batch: Mapping[str, Any]) -> heads.Choice:
+        """The form of the head for updates of this batch's shape.
+
+        Raises:
+            UserError: If the form that was asked for does not do.
+        """
+        return self.head_of(batch["owners"].shape[0], batch["owners"].shape[2])
+
+    def head_of(self, micro_batches: int, scored: int, asked: str | None = None) -> heads.Choice:
+        """Likewise, for so many micro-batches, and scored slots of a row; of another form, if one is asked for."""
+        return self._choose(asked or self._head, micro_batches=micro_batches, scored=scored)
 
     def lower(self, batch: Mapping[str, Any], *, keys: int) -> jax.stages.Lowered:
         """The update as a program that is not compiled yet.

@@ -15,9 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from daajax import checkpoint, command, first_loss, folder, inputs, memory, metrics, policy, run, sharding, step
+from daajax import (
+    checkpoint,
+    command,
+    first_loss,
+    folder,
+    gradient,
+    inputs,
+    memory,
+    metrics,
+    policy,
+    processes,
+    run,
+    sharding,
+    step,
+)
 from daajax.config import Config, losses, tokenizer_path
 from daajax.console import Progress, say
+from daajax.data.ahead import made_ahead
 from daajax.errors import UserError, one_line
 from daajax.evaluate import Evaluation
 from daajax.losses.terms import Needs, bind
@@ -25,6 +40,9 @@ from daajax.models import directory, lora, peft, weights
 from daajax.models.architecture import describe_rope
 from daajax.models.families import read_architecture
 from daajax.models.parameters import parameter_count
+from daajax.shortage import Shortage
+from daajax.trace import Trace
+from daajax.watchdog import Watchdog
 
 IN_FLIGHT = 2  # updates that may be queued on the device; more would only hold their batches in memory
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")  # beside the progress
@@ -70,6 +88,9 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     saved = checkpoint.Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if (done := max(saved.steps, default=0)) > plan.updates:
         raise UserError(f"{where} holds update {done} but this run ends at {plan.updates}; raise steps or epochs.")
+    profile = config.profile
+    numbers = dict(first=profile.start, steps=profile.steps, updates=plan.updates)
+    trace = Trace(where / "profile", **numbers, is_made=processes.is_first())
     scorer = policy.make_scorer(config, architecture, mesh, adapters=adapters)
     reference_scorer = run.make_reference_scorer(config, scorer, terms, mesh)
     is_live, follows = bool(run.why_live(config, terms)), config.reference.mode == "ema"
@@ -81,7 +102,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     say(
         f"model: {parameter_count(architecture):,} parameters of {asked.model.path}, "
         f"{config.model.param_dtype if adapters is None else config.model.dtype}, computing in {config.model.dtype}; "
-        f"attention {scorer.attention}, remat {config.remat}"
+        f"attention {scorer.attention.name} ({scorer.attention.why}), remat {config.remat}"
     )
     if adapters is not None:
         count = sum(leaf.size for leaf in jax.tree.leaves(update.state.params))
@@ -91,14 +112,24 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
         say(f"model: {line}")
 
     # ------------------------------------------------------------------ the compiled update, before minutes are spent
+    processes.stop_if_asked("no update was done since it started")
     began, largest = time.perf_counter(), plan.largest_update()
     unknown = {} if is_live else {name: np.zeros(len(data.tokens), np.float32) for name in Needs.of(terms).of_reference}
-    shaped = inputs.make_batches(config, data, plan, unknown, terms)[largest]
-    compiled = update.compile(shaped, keys=plan.shape(largest).keys)
-    say(f"compiled the update in {time.perf_counter() - began:.1f} s")
-    if fits := memory.check(compiled, "the update"):
+    shaped = inputs.make_batches(config, data, plan, unknown, terms).shaped(largest)
+    chosen = update.head_for(shaped)
+    say(f"head: {chosen.report()}")
+    for shape in plan.shapes:
+        if (other := update.head_of(plan.micro_batches, shape.scored)).form != chosen.form:
+            say(f"head: rows of {shape.length} tokens: {other.report()}")
+    shortage = Shortage(config, mesh, {"state": update.state, "beside": update.beside}, head=chosen.form)
+    with shortage.explained("compiling the update"):
+        compiled = update.compile(shaped, keys=plan.shape(largest).keys)
+    compile_seconds = time.perf_counter() - began
+    say(f"compiled the update in {compile_seconds:.1f} s")
+    if fits := memory.check(compiled, "the update", shortage.advice):
         say(f"memory: {fits}")
     del compiled
+    processes.stop_if_asked("no update was done since it started")
 
     # ------------------------------------------------------------------ reference, then its weights are gone
     resumes = done > 0
@@ -113,7 +144,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
             if reference_scorer is scorer and not resumes:  # the policy's are donated
                 live = jax.tree.map(jnp.copy, live)
         reference = dataclasses.replace(reference, live={})
-    batches, evaluation = inputs.make_batches(config, data, plan, columns[0], terms), None
+    own = sharding.own_rows(mesh, plan.rows)
+    batches, evaluation = inputs.make_batches(config, data, plan, columns[0], terms, rows=own), None
     if sets[1:]:
         held_out = inputs.make_batches(config, *sets[1], columns[1], terms, sweep=True)
         evaluation = Evaluation(scorer, terms, sets[1][0], held_out, mesh, reference_scorer if is_live else None)
@@ -125,7 +157,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     elif adapters is not None:
         origin = dataclasses.replace(origin, model=policy.digest_at_start(config, params, scorer))
     params, frozen = lora.split(params, adapters)
-    beside = step.Beside(frozen, live)
+    beside = gradient.Beside(frozen, live)
     if resumes:
         del params  # before the others come
         forced = config.resume == "force"
@@ -142,29 +174,48 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     if why_not:
         say(f"first loss: not checked, {why_not}")
     else:
-        first, keys = sharding.place(mesh, batches[0]), plan.shape(0).keys
+        first, keys = sharding.place(mesh, batches[0], rows=plan.rows), plan.shape(0).keys
         if is_live:
-            known = step.Live.beside(scorer, reference_scorer, beside.at(state))
-            first |= step.known_of_reference(known, first, Needs.of(terms), keys=keys)
+            known = gradient.Live.beside(scorer, reference_scorer, beside.following(state.reference))
+            first |= gradient.known_of_reference(known, first, Needs.of(terms), keys=keys)
             del known  # it would keep the weights
         expected = first_loss.expect(first, terms, batch_size=plan.batch_size, dtype=config.model.dtype)
         del first
 
     # ------------------------------------------------------------------ the updates
     progress = Progress("train", plan.updates, "update", done=done)
-    clock = metrics.Clock(plan, data.lengths, done)
+    meters = run.make_meters(config, scorer, reference_scorer, terms, data, plan, chosen)
+    say(f"mfu: {'left out, ' if meters.peak.flops is None else 'against '}{meters.peak.words}")
+    clock = metrics.Clock(plan, data.lengths, done, meters)
+    trace.begin(done)
     queued: collections.deque[jax.Array] = collections.deque()
     earliest, latest = {}, {}
+    # Placed in that thread too: a process fills in its own devices' parts without asking the others.
+    placed = made_ahead(lambda update: sharding.place(mesh, batches[update], rows=plan.rows), range(done, plan.updates))
+
+    def begin() -> None:
+        processes.first_alone(lambda: folder.begin(where, asked, updates=done, revisions=revisions))
+
+    def open_writer() -> metrics.Writer:
+        return processes.by_first(lambda: metrics.Writer(where, updates=done), lambda: metrics.Writer(None))
+
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(where, config.watchdog_minutes))
+        stack.callback(placed.close)
         stack.callback(progress.close)
+        stack.enter_context(shortage.explained("the run"))
         stack.callback(saved.close)
+        stack.callback(lambda: trace.close(keep=(where / "config.json").is_file()))
         writer, is_saved = None, True
         for t in range(done, plan.updates):
-            batch = sharding.place(mesh, batches[t])
-            state, logged = update(state, batch, beside, keys=plan.shape(t).keys)
+            with clock.waiting():
+                batch = next(placed)
+            with trace.update(t + 1):
+                state, logged = update(state, batch, beside, keys=plan.shape(t).keys)
             queued.append(logged["loss"])
             if len(queued) > IN_FLIGHT:
                 queued.popleft().block_until_ready()
+                watchdog.advance()
             ends = t + 1 == plan.updates
             saves = ends or (t + 1) % config.checkpoint.every == 0
             evaluates = evaluation is not None and (
@@ -183,29 +234,38 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
                     )
                 latest |= clock.read(t)
                 if writer is None:  # the first update is sound: from here on there is something to keep
-                    folder.begin(where, asked, updates=done, revisions=revisions)
-                    writer = stack.enter_context(contextlib.closing(metrics.Writer(where, updates=done)))
-                    earliest = latest
+                    begin()
+                    writer = stack.enter_context(contextlib.closing(open_writer()))
+                    earliest = latest = latest | {"compile_seconds": compile_seconds}
                 if evaluates and evaluation is not None:
-                    latest |= _evaluated(evaluation, state, beside, t + 1)
+                    latest |= _evaluated(evaluation, state, beside, t + 1, watchdog)
                 writer.write(t + 1, latest)
                 progress.advance({name: latest[name] for name in SHOWN if name in latest})
             else:
                 progress.advance()
-            if saves:
+            stops = processes.is_stopping() and not ends
+            if saves or stops:
                 if not jax.jit(step.all_finite)(state.params):
                     raise UserError(
                         f"update {t + 1} made parameters that are not finite; lower optimizer.learning_rate. No model "
                         "was written."
                     )
                 held_out = {name: latest[name] for name in latest if evaluates and name.startswith("eval/")}
-                is_saved = saved.save(t + 1, state, dataclasses.replace(origin, metrics=held_out), wait=ends)
+                with watchdog.paused():
+                    record = dataclasses.replace(origin, metrics=held_out)
+                    is_saved = saved.save(t + 1, state, record, wait=ends or stops)
+            if stops and is_saved:
+                raise processes.StoppedError(f"update {t + 1} of {plan.updates} is saved")
+            if stops:
+                raise processes.StoppedError(f"update {t + 1} could not be saved; an earlier one may be there")
+            trace.after(t + 1, logged["loss"])
             if saves or evaluates:
                 clock.restart(t + 1)
 
         # -------------------------------------------------------------- the result
+        stack.enter_context(watchdog.paused())
         if writer is None:  # all was done before
-            folder.begin(where, asked, updates=done, revisions=revisions)
+            begin()
         del beside, frozen, live  # before the weights come to be merged with
         words = tokenizer_path(config)
         if adapters is not None:  # first: it is small, and all that was trained
@@ -223,7 +283,7 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
                 f"the model is in {where / 'model'}, but the last checkpoint could not be saved; make room, then start "
                 "the same command again."
             )
-        folder.finish(where, plan.updates)
+        processes.first_alone(lambda: folder.finish(where, plan.updates))
     for name in SHOWN:
         if name in earliest:
             say(f"{name}: {earliest[name]:.6g} at update {done + 1}, {latest[name]:.6g} at update {plan.updates}")
@@ -236,11 +296,15 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
     say(f"the model is in {where / 'model'}{adapter}, the metrics in {where / 'metrics.jsonl'}")
 
 
-def _evaluated(evaluation: Evaluation, state: step.TrainState, beside: step.Beside, updates: int) -> dict[str, float]:
+def _evaluated(
+    evaluation: Evaluation, state: step.TrainState, beside: gradient.Beside, updates: int, watchdog: Watchdog
+) -> dict[str, float]:
     """What an evaluation finds; nothing where it fails, which is said and does not end the run."""
     try:
-        values = evaluation(state.params, state.objectives, beside.at(state))
+        values = evaluation(state.params, state.objectives, beside.following(state.reference), watchdog)
     except Exception as error:  # whatever it is: hours of training are worth more
+        if processes.count() > 1:  # the others may wait for this one, in the middle of it
+            raise
         say(f"the evaluation after update {updates} failed ({one_line(error)}); the run goes on")
         return {}
     shown = [f"{name} {values[f'eval/{name}']:.4g}" for name in SHOWN if f"eval/{name}" in values]

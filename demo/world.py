@@ -135,8 +135,14 @@ def make(folder: pathlib.Path, *, seed: int = 0) -> None:
     make_model(folder / "model", [row["prompt"] + row["response"] for row in reviews])
 
 
-def make_model(folder: pathlib.Path, texts: Iterable[str]) -> None:
-    """Writes a Hugging Face model directory without weights: a small Llama and a byte-level BPE trained on texts."""
+def make_model(folder: pathlib.Path, texts: Iterable[str], **changes: int) -> None:
+    """Writes a Hugging Face model directory without weights: a small Llama and a byte-level BPE trained on texts.
+
+    Args:
+        folder: Where to; made if needed.
+        texts: What the tokenizer is trained on.
+        **changes: To the architecture, under the names of a config.json.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -166,7 +172,7 @@ def make_model(folder: pathlib.Path, texts: Iterable[str]) -> None:
         "torch_dtype": "float32",
         "bos_token_id": bos,
         "eos_token_id": eos,
-    }
+    } | changes
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on this machine, in one process: launch/local.sh --config=configs/dpo_llama.py [--workdir=DIR] [--config.key=value ...]
+# Trains on this machine: launch/local.sh --config=configs/dpo_llama.py [--workdir=DIR] [--config.key=value ...]
+# With --processes, --devices, --restarts, --smoke, --dry-run or --help it is launch/local.py that starts it.
 # JAX_NUM_CPU_DEVICES=N splits the CPU into N devices (default 1). PYTHON names another interpreter than the checkout's own.
 set -euo pipefail
 
@@ -10,9 +11,16 @@ if ! command -v "$python" >/dev/null; then
   exit 1
 fi
 
-# Huge pages for large arrays, a third off a CPU step; glibc reads this before Python starts.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-1}
+set -a # what is read from here on is passed on
+# shellcheck source=/dev/null
+. "${ENV_FILE:-$root/launch/env/cpu.env}"
+JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-1}
+set +a
 
-# exec: signals reach Python, and its exit code (0 done, 1 an error, 130 stopped) reaches the caller.
+for argument in "$@"; do
+  case $argument in
+    --processes* | --devices* | --restarts* | --smoke | --dry-run | --help | -h) exec "$python" "$root/launch/local.py" "$@" ;;
+  esac
+done
+# exec: signals reach Python, and its exit code reaches the caller.
 exec "$python" -m daajax.train "$@"

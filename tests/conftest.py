@@ -1,5 +1,6 @@
 """What every test runs under: eight CPU devices, shapes checked, compiled programs kept, no network."""
 
+import gc
 import os
 import pathlib
 
@@ -14,8 +15,20 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from jaxtyping import install_import_hook  # noqa: E402 - the variables come first
+from jaxtyping import _import_hook, install_import_hook  # noqa: E402 - the variables come first
 
+
+class _OutermostOnly(_import_hook.JaxtypingTransformer):
+    """Checks functions of modules and classes; those inside of functions would be compiled at every call."""
+
+    def visit_FunctionDef(self, node):  # noqa: N802 - the name that ast.NodeVisitor looks for
+        body, node.body = node.body, []
+        super().visit_FunctionDef(node)
+        node.body = body
+        return node
+
+
+_import_hook.JaxtypingTransformer = _OutermostOnly
 install_import_hook("daajax", "beartype.beartype")
 
 import huggingface_hub  # noqa: E402
@@ -27,6 +40,28 @@ from daajax.models import bucket as buckets  # noqa: E402
 from tests import stores  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.freeze()  # what is imported by now stays, and is not gone through in every collection
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What a module has traced is of no use to the next one: gigabytes, which every collection would go through."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def optimizations(request, monkeypatch):
+    """All optimizations of the compiler, for tests marked `optimized`, also in processes that they start."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    before = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

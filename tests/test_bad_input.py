@@ -233,6 +233,7 @@ def test_a_damaged_model_directory_is_named(refused, tmp_path, damage, says):
     assert says in line
 
 
+@pytest.mark.slow
 def test_a_pickle_beside_the_weights_is_neither_opened_nor_copied(world, tmp_path):
     model = worlds.make_model(tmp_path / "model")
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
@@ -249,6 +250,7 @@ def test_an_address_that_gives_no_model_is_named(refused):
     assert "tokenizer.path=hf://model is no model of the Hub" in refused("--config.tokenizer.path=hf://model")
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers_are_noticed_before_training(refused, tmp_path):
     model = worlds.make_model(tmp_path / "model")
     values = worlds.load_tensors(model)
@@ -306,11 +308,12 @@ def test_an_example_longer_than_a_row_is_named(refused, tmp_path):
         (("--config.mesh.tensor=3",), "needs a multiple of 3 devices but 8 are visible"),
         (("--config.mesh.data=-1",), "at most one of them -1"),
         (("--config.mesh.data=0",), "sizes must be positive"),
+        (("--config.attention=splash",), "splash runs on TPUs only and this is a cpu; there is blockwise, dense."),
         (("--config.packing.rows=3",), "packing.rows=3 must be a positive multiple of 8"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_mesh_that_does_not_fit(refused, overrides, says):
+def test_a_mesh_or_an_attention_that_does_not_fit(refused, overrides, says):
     assert says in refused(*overrides, devices=8)
 
 
@@ -368,7 +371,7 @@ def test_lengths_that_leave_no_room(refused, overrides, says):
             "config.reference.ema.decay is set but config.reference.mode='snapshot'",
         ),
         (("--config.reference.mode=ema", "--config.reference.ema.decay=1.0"), "must be at least 0 and below 1"),
-        (("--config.optimizer.name=sgd",), "optimizer 'sgd' takes ['b1'], not ['b2']"),
+        (("--config.optimizer.name=sgd",), "optimizer 'sgd' takes ['b1', 'mu_dtype'], not ['b2']"),
         (("--config.epochs=1.0",), "set exactly one of config.steps (got 1) and config.epochs (got 1.0)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -150,6 +150,7 @@ BASES = {  # what the changed config is compared with, where it is not the world
 }
 ELSEWHERE = {  # option: the test, here or beside, that changes it
     "lora.path": "test_lora: a run goes on with an adapter which is its reference",
+    "compiler_options": "test_compiler_options: a run compiles its update and its reference pass with them",
     "check_first_loss": "test_train: the check can be turned off",
     "checkpoint.best": "test_checkpoint: the best one is kept besides the latest",
     "checkpoint.every": "test_resume: checkpoints come every so often and of the last update",
@@ -166,7 +167,9 @@ ELSEWHERE = {  # option: the test, here or beside, that changes it
     "eval_data.name": "test_data: held out data are read by the options of their own",
     "eval_data.path": "test_data: held out data are read by the options of their own",
     "eval_data.split": "test_data: held out data are read by the options of their own",
+    "head": "test_heads: a run says its form and every form gives the same run",
     "log.every": "test_train: metrics come every so often",
+    "watchdog_minutes": "test_processes: a run without progress ends with what it was doing",
     "model.path": "test_bad_input: a damaged model directory is named",
     "model.random_init": "test_reference: fresh weights are a reference like any other",
     "optimizer.b1": "test_optimizer_options_reach_optax",
@@ -174,13 +177,18 @@ ELSEWHERE = {  # option: the test, here or beside, that changes it
     "optimizer.eps": "test_optimizer_options_reach_optax",
     "optimizer.learning_rate": "test_optimizer_options_reach_optax",
     "optimizer.max_grad_norm": "test_optimizer_options_reach_optax",
+    "optimizer.mu_dtype": "test_optimizer_options_reach_optax",
     "optimizer.name": "test_optimizer_options_reach_optax",
+    "optimizer.offload": "test_offload: a run with moments in the hosts memory is the run without",
     "optimizer.schedule": "test_optimizer_options_reach_optax",
     "optimizer.warmup_steps": "test_optimizer_options_reach_optax",
     "optimizer.weight_decay": "test_optimizer_options_reach_optax",
     "reference.cache_dir": "test_folders_are_where_they_are_said_to_be",
     "reference.mode": "test_reference: without a reference nothing is scored",
     "reference.path": "test_reference: another model is a reference",
+    "peak_flops": "test_meters: speed is measured against what somebody knows better",
+    "profile.start": "test_trace: the updates that are asked for are traced",
+    "profile.steps": "test_trace: the updates that are asked for are traced",
     "resume": "test_folder: what is refused can be forced",
     "tokenizer.path": "test_bad_input: a tokenizer of its own is checked too",
     "reference.ema.decay": "test_objective_runs: a reference follows the policy when and as far as told",
@@ -298,7 +306,7 @@ def test_optimizer_options_reach_optax(world, monkeypatch):
     monkeypatch.setattr("daajax.run.make_optimizer", make_optimizer)
     options = {
         "name": "adamw", "learning_rate": 3e-4, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "b1": 0.8,
-        "b2": 0.7, "eps": 1e-7, "max_grad_norm": 2.0,
+        "b2": 0.7, "eps": 1e-7, "max_grad_norm": 2.0, "mu_dtype": "bfloat16",
     }  # fmt: skip
     flags = [f"--config.optimizer.{name}={value}" for name, value in options.items()]
     with pytest.raises(StoppedError):
@@ -307,9 +315,10 @@ def test_optimizer_options_reach_optax(world, monkeypatch):
     assert seen["optimizer"] == {
         "name": "adamw",
         "max_grad_norm": 2.0,
-        "hyperparameters": {"b1": 0.8, "b2": 0.7, "eps": 1e-7, "weight_decay": 0.1},
+        "hyperparameters": {"b1": 0.8, "b2": 0.7, "eps": 1e-7, "weight_decay": 0.1, "mu_dtype": "bfloat16"},
     }
-    assert {name for name in LEAVES if name.startswith("optimizer.")} == {f"optimizer.{name}" for name in options}
+    known = {f"optimizer.{name}" for name in [*options, "offload"]}  # where it lives is not the optimizer's to know
+    assert {name for name in LEAVES if name.startswith("optimizer.")} == known
 
 
 # ---------------------------------------------------------------------- recipes

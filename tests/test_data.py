@@ -44,6 +44,7 @@ def load(*flags, part="data"):
 # ---------------------------------------------------------------------- sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sets.KINDS)
 def test_every_source_trains_the_same_model(world, trained, tmp_path, kind):
     """The same pairs from any kind of file, in the order of the rows, give the same losses as from JSONL."""
@@ -61,6 +62,7 @@ def test_every_source_trains_the_same_model(world, trained, tmp_path, kind):
     assert worlds.deviation(worlds.column(ours, "loss"), worlds.column(plain, "loss")) == 0
 
 
+@pytest.mark.slow
 def test_hh_rlhf_as_anthropic_published_it_trains_a_model(trained, tmp_path):
     root = sets.hh_folder(tmp_path / "hh-rlhf", worlds.pairs(16))
     _, said = trained("hh", root, "--config.data.split=train")

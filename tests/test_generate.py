@@ -277,6 +277,7 @@ def trained(tmp_path_factory):
     return world
 
 
+@pytest.mark.slow
 def test_a_runs_checkpoints_are_its_models(trained, rows):
     asked = ("--prompt=the dog", "--temperature=0", "--max_tokens=12")
     workdir = trained.folder / "run"

@@ -106,7 +106,11 @@ def scored(path, prompts, samples, sizes=ONE, dtype="float32"):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(samples=2), dict(samples=2, temperature=0.7, top_k=20, top_p=0.9, stop_ids=STOPS), dict(temperature=0.0)],
+    [
+        pytest.param(dict(samples=2), marks=pytest.mark.slow),
+        dict(samples=2, temperature=0.7, top_k=20, top_p=0.9, stop_ids=STOPS),
+        pytest.param(dict(temperature=0.0), marks=pytest.mark.slow),
+    ],
     ids=["plain", "filtered", "greedy"],
 )
 def test_log_probs_are_those_of_the_scoring_function(path, options):
@@ -116,13 +120,15 @@ def test_log_probs_are_those_of_the_scoring_function(path, options):
     assert samples.logps.min() < -1
 
 
+@pytest.mark.slow
 def test_log_probs_through_a_window_are_those_of_the_scoring_function(path, windowed):
     samples = generate(windowed, samples=2)
     np.testing.assert_allclose(samples.logps, scored(windowed, PROMPTS, samples), rtol=0, atol=1e-4)
     assert np.abs(samples.logps - scored(path, PROMPTS, samples)).max() > 0.1  # the same weights without a window
 
 
-@pytest.mark.parametrize("sizes", [ONE, pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
 def test_log_probs_of_every_family_are_those_of_the_scoring_function(family, sizes):
     samples = generate(family, sizes=sizes)
     np.testing.assert_allclose(samples.logps, scored(family, PROMPTS, samples, sizes), rtol=0, atol=2e-4)
@@ -162,6 +168,7 @@ def samples(path):
     return generate(path, samples=2, top_p=0.95, stop_ids=STOPS)
 
 
+@pytest.mark.slow
 def test_responses_do_not_depend_on_the_batch_size(path, samples):
     same(generate(path, samples=2, top_p=0.95, stop_ids=STOPS, batch_size=9), samples)  # turns of 8, the last of 6
 
@@ -190,6 +197,7 @@ def test_turns_of_one_width_share_a_program(path):
     assert generator._generate._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_a_shorter_limit_cuts_responses_and_stop_ids_end_them(path, samples):
     whole = generate(path, samples=2, top_p=0.95)
     assert (whole.lengths == MAX_TOKENS).all()

@@ -52,9 +52,9 @@ def scored(assets, data, mesh, dtype, *, packed, shared):
     ("mesh", "packed", "shared"),
     [
         (DATA, True, True),
-        (DATA, True, False),
-        (DATA, False, True),
-        (DATA, False, False),
+        pytest.param(DATA, True, False, marks=pytest.mark.slow),
+        pytest.param(DATA, False, True, marks=pytest.mark.slow),
+        pytest.param(DATA, False, False, marks=pytest.mark.slow),
         (FSDP, True, True),
     ],
 )

@@ -9,11 +9,15 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
 from packaging.requirements import Requirement
 
+from daajax.ops.attention import sum_copies
+
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [ROOT / ".ci/run", *sorted(ROOT.glob("launch/*.sh"))]
+SCRIPTS = [ROOT / ".ci/run", *sorted(ROOT.glob("launch/*.sh")), ROOT / "launch/slurm.sbatch"]
 LOCKS = [ROOT / "requirements/python3.11.txt", ROOT / "requirements/python3.12.txt"]
 
 OLD = """#!/bin/sh
@@ -84,6 +88,13 @@ def test_set_up_with_an_unfit_python_says_in_one_line_what_mends_it(tmp_path, go
     assert not (tmp_path / "venv").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_makefile_sets_the_allocator_of_every_command():
+    rule = "shown: ; @sh -c 'echo $$GLIBC_TUNABLES'"
+    result = run("env", "-u", "GLIBC_TUNABLES", "make", "--no-print-directory", f"--eval={rule}", "shown")
+    assert result.stdout == "glibc.malloc.hugetlb=1\n"
+
+
 def test_the_local_launcher_sets_the_allocator_before_python_and_passes_everything_on(tmp_path):
     python = script(tmp_path / "python", '#!/bin/sh\necho "$GLIBC_TUNABLES" "$JAX_NUM_CPU_DEVICES" "$@"\nexit 42\n')
     result = run(
@@ -139,6 +150,19 @@ def test_the_compilers_for_chips_that_are_not_there_are_those_of_the_locked_jax(
         assert wanted["libtpu"].specifier.contains(pins["libtpu"])
 
 
+# A folder of the project and what lies there, not a form such as `results/*.md` or what a run makes.
+NAMED = re.compile(r"\b(?:benchmarks|configs|daajax|demo|examples|launch|requirements|tests)/[\w./-]*\w\.[a-z]+\b")
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/memory.md", "launch/README.md"]
+)
+def test_every_file_that_the_documents_name_is_there(name):
+    named = set(NAMED.findall((ROOT / name).read_text(encoding="utf-8")))
+    assert named
+    assert sorted(file for file in named if not (ROOT / file).is_file()) == []
+
+
 def test_only_ci_looks_outside_the_checkout():
     outside = ("../" + "shared").encode()  # in two parts, or this file would be found
     assert [file for file in project_files() if outside in file.read_bytes()] == [ROOT / ".ci/run"]
@@ -170,3 +194,10 @@ def test_sharding_uses_neither_pmap_nor_pickle():
     # The linter lets this one file touch jax.sharding, and with it everything else that is banned.
     path = ROOT / "daajax/sharding.py"
     assert not re.search(r"\bpmap\b|\bpickle\b", path.read_text())
+
+
+def test_shapes_are_checked_under_pytest():
+    """Otherwise every annotation would be a comment: the checks are put in where modules are imported."""
+    rows, others = jnp.zeros((2, 3)), jnp.zeros((5, 4, 1), jnp.int32)
+    with pytest.raises(TypeCheckError, match="sum_copies"):
+        sum_copies(rows, others)

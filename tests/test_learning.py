@@ -54,6 +54,7 @@ def accuracy(trained, initial):
     return float((ratios[:, 0] > ratios[:, 1]).mean())
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_its_pairs(tmp_path):
     # Every chosen response ends in "happy", every rejected one in "sad": what a few updates can pick up.
     rows = worlds.pairs(64)

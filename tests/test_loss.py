@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from daajax import sharding, step
+from daajax import gradient as gradients
+from daajax import sharding
 from daajax.data.batches import Batches
 from daajax.data.labelled import with_mismatched
 from daajax.losses.objective import Losses, Objective
+from daajax.losses.objectives import dpo
 from daajax.losses.scores import gap, log_ratios
 from daajax.losses.terms import Needs, Term, bind
 from tests.data.test_batches import planned, tokenized_data
@@ -37,14 +39,14 @@ TOLERANCE = dict(rtol=3e-5, atol=3e-5)
 
 @functools.partial(jax.jit, static_argnames=("scorer", "terms", "keys"))
 def loss_and_gradient(scorer, params, batch, terms, state, live=None, *, keys):
-    live = None if live is None else step.Live(scorer, live)
-    return step.loss_and_gradient(scorer, params, batch, terms, state, batch_size=BATCH_SIZE, keys=keys, live=live)
+    live = None if live is None else gradients.Live(scorer, live)
+    return gradients.loss_and_gradient(scorer, params, batch, terms, state, batch_size=BATCH_SIZE, keys=keys, live=live)
 
 
 @functools.partial(jax.jit, static_argnames=("scorer", "needs", "keys"))
 def sums_under(scorer, params, part, needs, live=None, *, keys):
-    live = None if live is None else step.Live(scorer, live)
-    return step.sums_under(scorer, params, part, needs, keys=keys, live=live)[0]
+    live = None if live is None else gradients.Live(scorer, live)
+    return gradients.sums_under(scorer, params, part, needs, keys=keys, live=live)[0]
 
 
 def labelled():
@@ -129,12 +131,18 @@ def test_sums_over_whole_distributions_are_those_of_float64(options):
     np.testing.assert_allclose(np.asarray(found.log_ratios)[real], ratios[ids[real]], **TOLERANCE)
 
 
-def test_a_live_reference_gives_the_gradient_that_its_cached_log_probs_give():
-    terms = bind([dict(name="dpo", beta=0.3)])
-    batch, keys = batch_of(tokenized_data(examples_of()), reference=reference_column())
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_live_reference_gives_the_gradient_that_its_cached_log_probs_give(micro_batches):
+    function = functools.partial(dpo, beta=0.3)
+    # Coupled, so that several parts are scored in one pass and pulled back in another.
+    terms = (Term("dpo", Objective(dpo, coupled=micro_batches > 1), function),)
+    data = tokenized_data(examples_of())
+    batch, keys = batch_of(data, reference=reference_column(), micro_batches=micro_batches)
     live = placed(other_params())
-    part = {name: value[0] for name, value in batch.items()}
-    cached = {**batch, "reference": token_logps(scorer_of(), live, part, keys=keys)[None]}
+    parts = [{name: value[n] for name, value in batch.items()} for n in range(micro_batches)]
+    known = jnp.stack([token_logps(scorer_of(), live, part, keys=keys) for part in parts])
+    cached = {**batch, "reference": known}
     (one, logged, _), (two, wanted, _) = (
         loss_and_gradient(scorer_of(), placed_params(), given, terms, {}, reference, keys=keys)
         for given, reference in ((batch, live), (cached, None))
@@ -146,8 +154,8 @@ def test_a_live_reference_gives_the_gradient_that_its_cached_log_probs_give():
 
 def test_what_a_live_reference_knows_is_what_would_have_been_cached():
     batch, keys = batch_of(tokenized_data(examples_of()), micro_batches=2)
-    known = step.known_of_reference(
-        step.Live(scorer_of(), placed_params()), batch, needs_of("reference_entropies"), keys=keys
+    known = gradients.known_of_reference(
+        gradients.Live(scorer_of(), placed_params()), batch, needs_of("reference_entropies"), keys=keys
     )
     assert set(known) == {"reference", "entropies"}
     part = {name: value[1] for name, value in batch.items()}
@@ -225,7 +233,7 @@ def expected_kto():
 @pytest.mark.parametrize(
     ("sizes", "micro_batches"),
     [
-        ((8, 1, 1), 1),
+        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
         ((2, 2, 2), 4),
         pytest.param((8, 1, 1), 4, marks=pytest.mark.slow),
         pytest.param((1, 8, 1), 2, marks=pytest.mark.slow),

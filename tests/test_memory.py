@@ -104,10 +104,37 @@ def test_where_the_platform_does_not_say_nothing_is_refused(monkeypatch, analysi
     assert memory.check(types.SimpleNamespace(memory_analysis=lambda: analysis), "the update") == ""
 
 
+def test_the_advice_is_that_for_what_needs_most(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [None])
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    for arguments, temp, of_state in ((GIB, 2 * GIB, False), (2 * GIB, GIB, True)):
+        with pytest.raises(UserError, match=rf"are free; {of_state}\.$"):
+            memory.check(program(arguments=arguments, temp=temp), "the update", str)
+
+
+def test_the_peak_is_that_of_the_fullest_device(monkeypatch):
+    devices = [types.SimpleNamespace(memory_stats=lambda n=n: {"peak_bytes_in_use": n}) for n in (5, 7, 6)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory.peak() == {"peak_memory_bytes": 7}
+
+
+def test_the_peak_of_a_cpu_is_that_of_the_process():
+    (before,) = memory.peak().values()
+    ballast = bytearray(before + 2**26)  # more than there ever was
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    after = memory.peak()
+    assert after.keys() == {"peak_process_bytes"}
+    assert after["peak_process_bytes"] >= before + 2**26
+
+
 def test_a_run_that_would_not_fit_ends_before_its_first_update(tmp_path, monkeypatch):
     world = worlds.make_world(tmp_path / "world")
     monkeypatch.setattr(memory, "available", lambda: 1_000_000)
-    with pytest.raises(UserError, match=r"the update needs 0\.\d\d GiB .* free; raise micro_batches, .* max_length"):
+    needed = (
+        r"^the update needs 0\.\d\d GiB .* are free; the largest buffers on a device are .*; set micro_batches=2 in "
+        r"place of 1, or set remat=dots in place of none, or set head=token in place of auto\.$"
+    )
+    with pytest.raises(UserError, match=needed):
         worlds.train(tmp_path / "run", *world.flags)
     assert not (tmp_path / "run").exists()
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from daajax import metrics
+from daajax import flops, metrics
+from daajax.chips import Peak
 from daajax.data.packing import Plan, Shape
+from daajax.flops import Counts
 from daajax.losses.objective import Losses
 from daajax.losses.scores import Responses
 
@@ -171,7 +173,7 @@ def clocked(monkeypatch):
     places = np.zeros_like(windows)
     plan = Plan(windows, places, (Shape(128, 2, 8, 128),), places[:, 0], 1, 1, True, {"length": 0.5}, 128, ())
     lengths = np.stack([np.arange(10), np.ones(10, int)], axis=1)  # example n has n + 1 tokens
-    return lambda done: metrics.Clock(plan, lengths, done), seconds
+    return lambda done, meters=None: metrics.Clock(plan, lengths, done, meters), seconds
 
 
 def test_the_clock_divides_by_the_updates_since_it_was_read(clocked):
@@ -185,6 +187,19 @@ def test_the_clock_divides_by_the_updates_since_it_was_read(clocked):
     assert read["epoch"] == 0.8
     seconds[0] += 1.0
     assert clock.read(4)["update_seconds"] == 1.0
+
+
+def test_the_clock_says_how_long_an_update_waited_for_its_data(clocked):
+    make, seconds = clocked
+    clock = make(0)
+    for wait in (3.0, 0.0, 1.0, 0.0):
+        with clock.waiting():
+            seconds[0] += wait
+        seconds[0] += 1.0
+    read = clock.read(3)
+    assert (read["update_seconds"], read["data_wait_seconds"]) == (2.0, 1.0)
+    seconds[0] += 1.0
+    assert clock.read(4)["data_wait_seconds"] == 0.0
 
 
 def test_the_clock_leaves_out_what_was_done_between_updates(clocked):
@@ -205,3 +220,32 @@ def test_a_run_that_goes_on_counts_from_where_it_was(clocked):
     read = clock.read(5)
     assert read["update_seconds"] == 2.0
     assert read["num_tokens"] == 55 + 3  # an epoch, then examples 0 and 1
+
+
+def meters(peak):
+    """Of a run whose every update needs 6 TFLOP and asks for 12, half of them for padding, on two chips."""
+    updates = np.arange(21) * 1e12
+    steps = dict(head=6.0 * updates, remat=8 * updates, sharing=8 * updates, packing=16 * updates)
+    return metrics.Meters(Counts(6 * updates, steps), Peak(2, peak, ""))
+
+
+def test_utilization_is_what_was_asked_for_times_its_factors(clocked):
+    make, seconds = clocked
+    clock = make(0, meters(2 * 16e12))
+    seconds[0] += 8.0  # four updates of 2 seconds
+    read = clock.read(3)
+    assert read["hfu"] == 0.25  # of 2 × 32 TFLOP, 16
+    assert read["mfu"] == pytest.approx(6 / 64)
+    factors = {name: read[f"mfu/{name}"] for name in ("head", "remat", "sharing", "packing")}
+    assert factors == dict(head=1, remat=0.75, sharing=1, packing=0.5)
+    assert read["mfu"] == pytest.approx(read["hfu"] * math.prod(factors.values()))
+    assert read["pairs_per_second_per_chip"] == read["pairs_per_second"] / 2 == 0.5
+    assert read["tokens_per_second_per_chip"] == read["tokens_per_second"] / 2
+
+
+def test_without_a_peak_there_are_the_factors_alone(clocked):
+    make, seconds = clocked
+    clock = make(0, meters(None))
+    seconds[0] += 1.0
+    read = clock.read(0)
+    assert {name for name in read if "fu" in name} == {f"mfu/{step}" for step in flops.STEPS}

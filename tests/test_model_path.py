@@ -108,6 +108,7 @@ def test_an_adapter_has_an_address_of_its_own(world, hub, bucket, tmp_path, kind
     assert address in json.loads((tmp_path / "run" / "revisions.json").read_text())
 
 
+@pytest.mark.slow
 def test_sampling_from_adapters_fetches_their_base(world, tmp_path, monkeypatch):
     from daajax import run as runs
 

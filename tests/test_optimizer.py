@@ -130,6 +130,42 @@ def test_adafactor_of_a_large_matrix_has_a_second_moment_of_rank_one():
     np.testing.assert_allclose(changes["q_proj"], -RATE * gradient / np.sqrt(factored), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("lion", 1), ("sgd", 1)])
+def test_a_first_moment_in_bfloat16_needs_half_the_memory_and_steps_alike(name, moments):
+    given = {"b1": 0.9} | ({"eps": 1e-2} if name == "adamw" else {})
+    params = jax.tree.map(jnp.asarray, drawn(0))
+
+    def floats(**more):
+        optimizer = make_optimizer(
+            name, optax.constant_schedule(RATE), max_grad_norm=None, hyperparameters=given | more
+        )
+        state = jax.tree.leaves(optimizer.init(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)))
+        return [leaf for leaf in state if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(leaf.nbytes for leaf in floats()) == 4 * size * moments
+    assert sum(leaf.nbytes for leaf in floats(mu_dtype="bfloat16")) == 4 * size * moments - 2 * size
+    exact, first, _ = stepped(name, **given)
+    rounded, _, _ = stepped(name, **given, mu_dtype="bfloat16")
+    moved = [
+        np.abs(one - start).max() for one, start in zip(jax.tree.leaves(exact), jax.tree.leaves(first), strict=True)
+    ]
+    for one, other, most in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), moved, strict=True):
+        # bfloat16 has 8 bits: a moment is off by 2^-9 of itself a step. The signs that Lion takes are the same here.
+        np.testing.assert_allclose(one, other, rtol=0, atol=3 * 2**-8 * most)
+        assert name == "lion" or not np.array_equal(one, other)
+
+
+def test_a_momentum_that_there_is_not_has_no_dtype():
+    with pytest.raises(UserError, match=r"mu_dtype='bfloat16' but optimizer 'sgd' has no first moment"):
+        make_optimizer(
+            "sgd",
+            optax.constant_schedule(RATE),
+            max_grad_norm=None,
+            hyperparameters={"mu_dtype": "bfloat16"},
+        )
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e-3])
 def test_gradients_are_clipped_to_their_global_norm(scale):
     def rule(gradients):
@@ -150,10 +186,11 @@ def test_gradients_are_clipped_to_their_global_norm(scale):
         (
             "sgd",
             {"b2": 0.9, "eps": None},
-            r"^optimizer 'sgd' takes \['b1'\], not \['b2'\]; unset config\.optimizer\.b2\.$",
+            r"^optimizer 'sgd' takes \['b1', 'mu_dtype'\], not \['b2'\]; unset config\.optimizer\.b2\.$",
         ),
         ("rmsprop", {"weight_decay": 0.1}, r"'rmsprop' takes \['b2', 'eps'\], not \['weight_decay'\]"),
         ("lion", {"eps": 1e-8}, r"'lion' takes .*, not \['eps'\]"),
+        ("rmsprop", {"mu_dtype": "bfloat16"}, r"not \['mu_dtype'\]; unset config\.optimizer\.mu_dtype\.$"),
         ("adafactor", {"b1": 0.0}, r"'adafactor' takes .*, not \['b1'\]"),
     ],
 )

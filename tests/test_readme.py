@@ -1,13 +1,19 @@
 """The README's own lines: every command in its code blocks is run on a tiny world, or is known and accounted for."""
 
+import importlib.machinery
+import os
+import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
 from tests import worlds
 
 README = worlds.ROOT / "README.md"
+LAUNCHERS = worlds.ROOT / "launch" / "README.md"
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TARGETS = ("setup", "demo", "test", "test-slow", "check", "bench")  # of `make`: other tests and CI run them
 
@@ -35,6 +41,7 @@ def module_of(words):
 COMMANDS = lines_of(README.read_text(encoding="utf-8"))
 OURS = [words for words in COMMANDS if module_of(words)[0]]
 OTHERS = [words for words in COMMANDS if not module_of(words)[0]]
+OTHERS += [words for words in lines_of(LAUNCHERS.read_text(encoding="utf-8")) if words not in OTHERS]
 
 
 def test_blocks_are_taken_apart():
@@ -56,12 +63,36 @@ def test_every_other_command_is_known(words):
         for target in [word for word in words[1:] if "=" not in word]:
             assert target in TARGETS
             assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    elif "launch/slurm.sbatch" in words:
+        place = words.index("launch/slurm.sbatch")
+        assert words[0] == "sbatch"
+        assert all((word.startswith("--") and "=" in word) or word == "--exclusive" for word in words[1:place])
+        dry_run(words[place:])
+    elif words[0].startswith("launch/"):
+        dry_run(words)
+    elif words[0] == "docker":
+        assert words[1] in ("build", "push", "run")
+        files = [words[i + 1] for i, word in enumerate(words) if word == "--file"]
+        assert all((worlds.ROOT / file).is_file() for file in files)
     elif words[0].startswith("python"):
         assert (worlds.ROOT / f"{words[2].replace('.', '/')}.py").is_file()
     else:
-        assert words[0] in ("source", "git", "cd", "hf", "pip"), "a command that no test covers"
+        assert words[0] in ("source", "git", "cd", "hf", "pip", "kubectl"), "a command that no test covers"
 
 
+def dry_run(words):
+    """Lets a launcher show what it would do of a line."""
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [*words, "--dry-run"], cwd=worlds.ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in words if word.startswith("--config"))
+
+
+# Plans are of a small model, for GPUs, whose compiler is the quicker one.
+PLANNED = ("--model=llama-3.2-1b", "--topology=h200:1", "--config.batch_size=4")
+COMPILER, AHEAD = "jax_cuda13_plugin", pathlib.Path(sys.prefix, "ahead")
 SMALL = ("batch_size=4", "max_length=128", "model.dtype=float32", "data.limit=8")
 
 
@@ -80,6 +111,10 @@ def ran(tmp_path_factory):
         module, arguments = module_of(words)
         # A recipe that is given in epochs is short on few examples; the others start from a run or a model.
         small = [f"--config.{option}" for option in (*SMALL, *caches)] if module in ("train", "precompute") else []
+        if module == "plan":
+            if importlib.machinery.PathFinder.find_spec(COMPILER, [str(AHEAD), *sys.path]) is None:
+                continue
+            small = [*PLANNED, f"--cache={home / 'plans'}"]
         result = worlds.command(module, *arguments, *small, cwd=home, JAX_NUM_CPU_DEVICES="1")
         results[" ".join(words)] = result
     return home, results
@@ -89,16 +124,21 @@ def ran(tmp_path_factory):
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
 def test_every_command_of_ours_runs(ran, words):
     home, results = ran
+    if " ".join(words) not in results:
+        pytest.skip(f"{COMPILER} is not installed: make setup-ahead")
     result = results[" ".join(words)]
     assert result.returncode == 0, result.stderr
     module, arguments = module_of(words)
-    flags = dict(word.removeprefix("--").split("=", 1) for word in arguments)
+    flags = dict(word.removeprefix("--").split("=", 1) for word in arguments if "=" in word)
     workdir = home / flags.get("workdir", f"runs/{re.sub('.*/|[.]py', '', flags.get('config', '')).replace(':', '-')}")
     if module == "train":
         assert (workdir / "model" / "model.safetensors").is_file()
         adapts = any(flag.startswith("config.lora.") for flag in flags)
         assert (workdir / "adapter" / "adapter_model.safetensors").is_file() == adapts
         assert len(worlds.read_metrics(workdir)) == 2
+    if module == "plan":
+        assert "fits: " in result.stdout
+        assert ("recommended: --config.mesh.data=" in result.stdout) == ("--search" in arguments)
     if module == "evaluate":
         assert f"added to {flags['workdir']}/evaluations.jsonl" in result.stdout
     if module == "export":

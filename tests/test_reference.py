@@ -400,6 +400,7 @@ def test_without_a_reference_nothing_is_scored_and_nothing_cached(world, tmp_pat
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_fresh_weights_are_a_reference_like_any_other(world, tmp_path, scored):
     fresh = ("--config.model.random_init=True", "--config.steps=1")
     runs = [

@@ -124,7 +124,7 @@ def test_what_was_reported_of_updates_done_again_is_void(world, whole, copy):
     assert [values["step"] for values in worlds.read_metrics(copy)] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, *(pytest.param(after, marks=pytest.mark.slow) for after in (2, 4))])
 def test_it_does_not_matter_where_it_was_interrupted(world, whole, tmp_path, capsys, after):
     interrupt(tmp_path / "run", *world.flags, *EVERY, after=after)
     history = worlds.train(tmp_path / "run", *world.flags, *EVERY)
@@ -162,8 +162,8 @@ def _interrupted(*_, **__):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    [("--config.mesh.fsdp=8",), ("--config.mesh.fsdp=4", "--config.mesh.tensor=2"), ("--config.mesh.data=8",)],
-    ids=["fsdp", "tensor", "data"],
+    [("--config.mesh.fsdp=4", "--config.mesh.tensor=2"), ("--config.mesh.data=8",)],
+    ids=["tensor", "data"],
 )
 def test_on_another_mesh_it_goes_on_within_rounding(world, whole, copy, mesh):
     fsdp = () if "fsdp" in mesh[0] else ("--config.mesh.fsdp=1",)
@@ -186,10 +186,10 @@ def test_a_run_of_eight_devices_goes_on_on_them_bit_for_bit_and_on_one_within_ro
 
 
 @pytest.mark.slow
-def test_a_process_killed_at_update_12_of_30_goes_on_bit_for_bit(assets, tmp_path):
-    caches = [f"--config.{name}.cache_dir={tmp_path / name}" for name in ("data", "reference")]
-    flags = ["--config=configs/stories.py", "--config.checkpoint.every=5", *caches]
-    environment = {"JAX_NUM_CPU_DEVICES": "1", "DAAJAX_ASSETS": str(assets)}
+def test_a_process_killed_at_update_12_of_30_goes_on_bit_for_bit(world, tmp_path):
+    flags = ["--config=configs/stories.py", *world.flags, "--config.steps=30", "--config.log.every=1"]
+    flags += ["--config.checkpoint.every=5"]
+    environment = {"JAX_NUM_CPU_DEVICES": "1"}
     one = subprocess.Popen(
         [sys.executable, "-m", "daajax.train", *flags, f"--workdir={tmp_path / 'run'}"],
         cwd=worlds.ROOT,
@@ -206,7 +206,7 @@ def test_a_process_killed_at_update_12_of_30_goes_on_bit_for_bit(assets, tmp_pat
     for workdir in ("run", "whole"):
         done = worlds.command("train", *flags, f"--workdir={tmp_path / workdir}", timeout=900, **environment)
         assert done.returncode == 0, done.stderr
-        assert bool(re.search(r"resumed after update (5|10|15) of 30", done.stdout)) == (workdir == "run")
+        assert bool(re.search(r"resumed after update (5|10|15|20|25) of 30", done.stdout)) == (workdir == "run")
     histories = [worlds.read_metrics(tmp_path / workdir) for workdir in ("run", "whole")]
     assert [values["step"] for values in histories[0]] == list(range(1, 31))
     assert columns(histories[0]) == columns(histories[1])
@@ -273,11 +273,9 @@ def test_what_decides_no_number_may_change(world, whole, copy, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        ("attention=dense",),
-        ("remat=full",),
-        ("micro_batches=2",),
-        ("packing.enabled=False",),
-        ("packing.prefix_sharing=False",),
+        ("attention=dense", "head=token"),
+        ("remat=full", "micro_batches=2"),
+        ("packing.enabled=False", "packing.prefix_sharing=False"),
     ],
     ids=lambda changes: changes[0],
 )
@@ -463,6 +461,7 @@ def test_a_run_whose_last_checkpoint_is_not_saved_is_not_finished(world, whole, 
     assert [values["step"] for values in again] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_model_writes_it_again(world, tmp_path):
     worlds.train(tmp_path / "run", *world.flags, "--config.steps=1")
     before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()

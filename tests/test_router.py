@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from daajax import sharding, step
+from daajax import sharding
 from daajax.errors import UserError
+from daajax.gradient import loss_and_gradient
 from daajax.loss import router_loss
 from daajax.losses.terms import bind
 from daajax.models import decoder
@@ -42,13 +43,13 @@ def model_on(sizes):
     return scorer, jax.device_put(drawn, sharding.param_shardings(mesh_of(*sizes), shapes, axes))
 
 
-def computed(sizes, coefficient=COEFFICIENT, loss="dpo", **options):
+def computed(sizes, coefficient=COEFFICIENT, loss="dpo", head="token", **options):
     scorer, params = model_on(sizes)
     batch, keys = batch_of(sizes, **options)
     gradient, logged, _ = jax.jit(
-        lambda params, batch: step.loss_and_gradient(
+        lambda params, batch: loss_and_gradient(
             scorer, params, batch, bind([dict(name=loss)]), {}, batch_size=BATCH_SIZE, keys=keys,
-            router_loss_coef=coefficient,
+            router_loss_coef=coefficient, head=head,
         )
     )(params, batch)  # fmt: skip
     return jax.device_get(gradient), {name: float(value) for name, value in logged.values().items()}
@@ -63,13 +64,15 @@ def test_experts_used_alike_cost_one_and_one_used_alone_costs_their_number():
     assert cost([[20, 0, 0, 0], [20, 0, 0, 0]]) == pytest.approx(4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
         ((8, 1, 1), dict(micro_batches=4)),
         ((2, 2, 2), dict(micro_batches=2)),
         ((2, 2, 2), dict(prefix_sharing=False)),
-        pytest.param((1, 4, 2), dict(packing=False), marks=pytest.mark.slow),
+        ((2, 2, 2), dict(head="row")),
+        ((1, 4, 2), dict(packing=False)),
     ],
     ids=str,
 )
@@ -90,6 +93,7 @@ def test_it_is_that_of_the_whole_update_whatever_its_parts_and_the_mesh(sizes, o
     )
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_with_and_without_it(world, tmp_path, capsys):
     config = oracle.MODELS["mixtral"] | {"vocab_size": worlds.ARCHITECTURE["vocab_size"]}
     model = worlds.make_model(tmp_path / "model")

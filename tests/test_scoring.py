@@ -242,21 +242,14 @@ def test_response_sums_ignore_what_empty_slots_hold():
 def test_the_projection_sees_only_states_that_predict_a_scored_token(monkeypatch):
     from daajax import scoring
 
-    seen = []
-    monkeypatch.setattr(
-        scoring,
-        "token_statistics",
-        lambda states, weights, targets, count, **_: (
-            seen.append((states, targets, count)) or {"logps": count + 0.0 * targets}
-        ),
-    )
-    hidden = jnp.arange(2 * 6 * 1.0).reshape(2, 6, 1)
-    sources = jnp.array([[1, 4, 0], [5, 0, 0]], jnp.int32)
-    owners = jnp.array([[0, 1, -1], [1, -1, -1]], jnp.int32)
-    targets = jnp.array([[7, 8, 0], [9, 0, 0]], jnp.int32)
-    scoring._head_statistics(hidden, jnp.zeros((3, 1)), sources, targets, owners, names=("logps",), softcap=None)
-    ((states, in_turn, count),) = seen
-    # Slot by slot through the rows, so that the count ends behind the last real one of any row.
-    assert int(count) == 3
-    assert states[:3, 0].tolist() == [1, 11, 4]
-    assert in_turn[:3].tolist() == [7, 9, 8]
+    data = tokenized_data(examples_of())
+    plan = planned(data, batch_size=BATCH_SIZE, updates=1, row_multiple=8)
+    part = {name: value[0] for name, value in Batches(data, plan)[0].items()}
+    seen, original = [], scoring.token_statistics
+    monkeypatch.setattr(scoring, "token_statistics", lambda *given: (seen.append(given), original(*given))[1])
+    score = jax.jit(lambda params, part: scorer_of().token_logps(params, part, keys=plan.shape(0).keys))
+    score(placed_params(), sharding.place(mesh_of(), part, ("rows",)))
+    ((_, hidden, *_),) = seen
+    rows, length = part["tokens"].shape
+    assert hidden.shape == (rows, plan.shape(0).scored, ARCHITECTURE.hidden_size)
+    assert plan.shape(0).scored < length

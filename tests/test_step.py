@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from daajax import first_loss, sharding, step
+from daajax import gradient as gradients
 from daajax.data.batches import Batches
 from daajax.data.tokens import TokenizedData
 from daajax.losses import links
@@ -143,9 +144,10 @@ def expected_metrics():
 # ---------------------------------------------------------------------- what does come out
 
 
-@functools.partial(jax.jit, static_argnames=("scorer", "terms", "keys"))
-def loss_and_gradient(scorer, params, batch, terms, *, keys):
-    return step.loss_and_gradient(scorer, params, batch, terms, {}, batch_size=BATCH_SIZE, keys=keys)[:2]
+@functools.partial(jax.jit, static_argnames=("scorer", "terms", "keys", "head"))
+def loss_and_gradient(scorer, params, batch, terms, frozen=None, *, keys, head="token"):
+    options = dict(batch_size=BATCH_SIZE, keys=keys, head=head, frozen=frozen)
+    return gradients.loss_and_gradient(scorer, params, batch, terms, {}, **options)[:2]
 
 
 def batch_of(sizes, reference=None, data: TokenizedData | None = None, **options):
@@ -157,10 +159,11 @@ def batch_of(sizes, reference=None, data: TokenizedData | None = None, **options
     return sharding.place(mesh, batch), plan.shape(0).keys
 
 
-def computed(name, sizes=(8, 1, 1), scorer=None, **options):
+def computed(name, sizes=(8, 1, 1), scorer=None, head="token", frozen=(), **options):
     batch, keys = batch_of(sizes, **options)
-    scorer = scorer_of(*sizes, **scorer or {})
-    gradient, logged = loss_and_gradient(scorer, placed_params(*sizes), batch, LOSS_TERMS[name], keys=keys)
+    scorer, params = scorer_of(*sizes, **scorer or {}), placed_params(*sizes)
+    own, others = ({n: x for n, x in params.items() if (n in frozen) == stays} for stays in (False, True))
+    gradient, logged = loss_and_gradient(scorer, own, batch, LOSS_TERMS[name], others, keys=keys, head=head)
     return jax.device_get((gradient, logged.values()))
 
 
@@ -182,10 +185,15 @@ def assert_gradients_near(found, wanted, tolerance=3e-5):
         ((8, 1, 1), {}),
         ((8, 1, 1), {"prefix_sharing": False, "scorer": {"remat": "full"}}),
         pytest.param((8, 1, 1), {"packing": False, "micro_batches": 2}, marks=pytest.mark.slow),
-        ((8, 1, 1), {"micro_batches": 4, "row_length": 256, "prefix_sharing": False}),
+        pytest.param(
+            (8, 1, 1), {"micro_batches": 4, "row_length": 256, "prefix_sharing": False}, marks=pytest.mark.slow
+        ),
         pytest.param((1, 8, 1), {}, marks=pytest.mark.slow),
         ((1, 4, 2), {"micro_batches": 2}),
         ((2, 2, 2), {"rows": 8, "scorer": {"attention": "dense", "remat": "dots"}}),
+        pytest.param((8, 1, 1), {"head": "row"}, marks=pytest.mark.slow),
+        ((2, 2, 2), {"head": "row", "micro_batches": 2}),
+        pytest.param((1, 4, 2), {"head": "row", "prefix_sharing": False, "rows": 16}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -195,7 +203,29 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_layout(sizes, options):
     assert logged == pytest.approx(expected_metrics(), rel=2e-5, abs=2e-5)
 
 
-@pytest.mark.parametrize(("name", "micro_batches"), [("dpo as coupled", 4), ("centered", 1), ("centered", 4)])
+@pytest.mark.parametrize(
+    ("head", "sizes", "micro_batches"),
+    [
+        pytest.param("token", (8, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param("row", (8, 1, 1), 1, marks=pytest.mark.slow),
+        ("frozen", (2, 2, 2), 2),
+        pytest.param("frozen", (8, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param("token", (2, 2, 2), 2, marks=pytest.mark.slow),
+        pytest.param("row", (2, 2, 2), 2, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_projection_that_is_not_trained_changes_no_other_gradient(head, sizes, micro_batches):
+    gradient, logged = computed("dpo and sft", sizes, head=head, frozen=("lm_head",), micro_batches=micro_batches)
+    wanted = {name: value for name, value in expected("dpo and sft")[1].items() if name != "lm_head"}
+    assert_gradients_near(gradient, wanted)
+    assert logged == pytest.approx(expected_metrics(), rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [("dpo as coupled", 4), pytest.param("centered", 1, marks=pytest.mark.slow), ("centered", 4)],
+)
 def test_objectives_coupled_over_the_update_are_exact_in_parts(name, micro_batches):
     gradient, logged = computed(name, micro_batches=micro_batches)
     loss, wanted = expected("dpo" if name == "dpo as coupled" else name)

@@ -108,8 +108,12 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def load_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a model directory with one file."""
-    return safetensors.numpy.load_file(folder / "model.safetensors")
+    """The tensors of a model directory."""
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in safetensors.numpy.load_file(file).items()
+    }
 
 
 def save_tensors(folder: pathlib.Path, values: dict[str, np.ndarray], *, files: int = 1) -> None:

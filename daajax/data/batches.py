@@ -59,6 +59,8 @@ class Batches:
         seed: Of the draws, which are a function of (seed, update, place), or in a sweep of (seed, example).
         sweep: Whether the updates are parts of one over the whole of the data, as evaluation takes it.
         entropies: Of the reference's distribution at each of the data's tokens; None: no such key.
+        rows: Those of each micro-batch that are filled, ascending: of a batch that several processes make, each its
+            own. None: all.
 
     Raises:
         ValueError: If the data lack a column that is asked for.
@@ -75,8 +77,10 @@ class Batches:
         seed: int = 0,
         sweep: bool = False,
         entropies: Float[np.ndarray, " total"] | None = None,
+        rows: Int[np.ndarray, " own"] | None = None,
     ):
         self.plan = plan
+        self._rows = np.arange(plan.rows) if rows is None else rows
         self.responses = data.lengths.shape[1] - 1
         self._data, self._seed, self._sweep = data, seed, sweep
         self._masks = [name for name in draws if "scored" in OPTIONAL[name][1]]
@@ -90,7 +94,7 @@ class Batches:
         self._layout = LAYOUT | {name: OPTIONAL[name] for name in asked} | _INDICES
 
     def fill(self, update: int) -> tuple[Batch, Int[np.ndarray, "micro_batches rows scored"]]:
-        """The batch of one update, every row, and which token of the data each of its scored slots holds.
+        """The batch of one update, the rows that are filled, and which token of the data each scored slot holds.
 
         Args:
             update: Which one.
@@ -99,28 +103,42 @@ class Batches:
             The batch, and the index into the data's flat tokens of each scored slot; -1 where the slot is empty. The
             indices are the way back: what was computed for a slot belongs to that token of the data.
         """
-        plan, shape = self.plan, self.plan.shape(update)
-        total_rows = plan.micro_batches * plan.rows
-        axes = dict(
-            rows=total_rows, length=shape.length, slots=shape.slots, scored=shape.scored, responses=self.responses
-        )
+        plan, own = self.plan, len(self._rows)
+        sizes = self._sizes(update, plan.micro_batches * own)
         arrays = {
-            key: np.full([axes[axis] for axis in names], empty, dtype)
+            key: np.full([sizes[axis] for axis in names], empty, dtype)
             for key, (dtype, names, empty) in self._layout.items()
         }
-        rows = [_Row({key: value[row] for key, value in arrays.items()}) for row in range(total_rows)]
+        numbers = (np.arange(plan.micro_batches)[:, None] * plan.rows + self._rows[None]).ravel().tolist()
+        rows = {
+            number: _Row({key: value[here] for key, value in arrays.items()}) for here, number in enumerate(numbers)
+        }
         for place, (example, row) in enumerate(
             zip(plan.windows[update].tolist(), plan.row_of[update].tolist(), strict=True)
         ):
-            if example >= 0:
+            if example >= 0 and row in rows:
                 self._put(rows[row], update, place, example)
-        batch = {key: value.reshape(plan.micro_batches, plan.rows, *value.shape[1:]) for key, value in arrays.items()}
+        batch = {key: value.reshape(plan.micro_batches, own, *value.shape[1:]) for key, value in arrays.items()}
         indices = batch.pop("indices")
         return batch, indices
 
     def __getitem__(self, update: int) -> Batch:
-        """The batch of one update, every row."""
+        """The batch of one update, the rows that are filled."""
         return self.fill(update)[0]
+
+    def shaped(self, update: int) -> Batch:
+        """What has the keys, shapes and dtypes of the whole batch of one update, and takes no memory."""
+        plan, sizes = self.plan, self._sizes(update, self.plan.rows)
+        return {
+            key: np.broadcast_to(dtype(empty), [plan.micro_batches, *(sizes[axis] for axis in names)])
+            for key, (dtype, names, empty) in self._layout.items()
+            if key not in _INDICES
+        }
+
+    def _sizes(self, update: int, rows: int) -> dict[str, int]:
+        """Of the axes of the layout, with so many rows."""
+        shape = self.plan.shape(update)
+        return dict(rows=rows, length=shape.length, slots=shape.slots, scored=shape.scored, responses=self.responses)
 
     def __len__(self) -> int:
         return self.plan.updates

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from daajax.data.balance import even_out
+from daajax.data.dealing import deal, totals
 from daajax.data.sizes import Sizes
 from daajax.errors import UserError
 
 LENGTH_MULTIPLE = 128  # row lengths and gathered keys come in whole attention blocks
 SCORED_MULTIPLE = 8
-_EVEN_WITHIN = 0.0005  # relative deviation of a row's tokens at which it is left alone
+_SPARE = 0.16  # share, of an example, of a row's scored tokens and keys that it may have beyond its fair share
 
 
 Windows = Int[np.ndarray, "updates batch_size"]
@@ -129,7 +129,7 @@ def pack(
     """
     _check_rows(windows, sizes, row_multiple, rows, row_length, names)
     if packing:
-        row_of, count = _share_rows(windows, sizes, micro_batches, row_multiple, rows, row_length)
+        row_of, count = _share_rows(windows, sizes, micro_batches, row_multiple, rows, row_length, shapes)
     else:
         row_of, count = _give_one_each(windows, micro_batches, row_multiple, rows)
     takes = {"length": sizes.length, "slots": np.ones_like(sizes.length), "scored": sizes.scored, "keys": sizes.keys}
@@ -194,7 +194,13 @@ def _check_rows(
 
 
 def _share_rows(
-    windows: Windows, sizes: Sizes, micro_batches: int, row_multiple: int, rows: int | None, row_length: int | None
+    windows: Windows,
+    sizes: Sizes,
+    micro_batches: int,
+    row_multiple: int,
+    rows: int | None,
+    row_length: int | None,
+    shapes: int,
 ) -> tuple[Windows, int]:
     """Row of each place, and rows of a micro-batch: as asked for, or as few as the mesh and `row_length` allow."""
     largest = np.where(windows >= 0, sizes.length[windows], 0).sum(axis=1).max()
@@ -202,7 +208,7 @@ def _share_rows(
     most = max(least, math.ceil(windows.shape[1] / (micro_batches * row_multiple)) * row_multiple)
     longest = 0
     for count in [rows] if rows else range(least, most + 1, row_multiple):
-        row_of = _deal_rows(windows, sizes, micro_batches * count)
+        row_of = _deal_rows(windows, sizes, micro_batches * count, row_length, shapes)
         longest = int(_add_up(windows, row_of, sizes.length, micro_batches * count).max())
         if row_length is None or longest <= row_length:
             return row_of, count
@@ -275,35 +281,25 @@ def _add_up(
     windows: Windows, row_of: Windows, values: Int[np.ndarray, " examples"], rows: int
 ) -> Int[np.ndarray, "updates rows"]:
     """Totals of the examples in each row."""
-    real = row_of >= 0
-    totals = np.zeros((len(windows), rows), np.int64)
-    np.add.at(totals, (np.nonzero(real)[0], row_of[real]), values[windows[real]])
-    return totals
+    return totals(row_of, values[windows], rows).astype(np.int64)
 
 
-def _deal_rows(windows: Windows, sizes: Sizes, rows: int) -> Windows:
-    """Deals each window into rows, longest first in serpentine order, then evens the rows out by swaps."""
-    updates, batch_size = windows.shape
-    measures = np.stack([sizes.length, sizes.scored], axis=1).astype(np.float64)
-    measures = np.concatenate([measures, np.zeros((1, 2))])  # index -1: nothing, which turns a swap into a move
-    order = np.argsort(-measures[windows][..., 0], axis=1, kind="stable")
-    deal = np.arange(batch_size)
-    lap, seat = np.divmod(deal, rows)
-    row = np.where(lap % 2 == 0, seat, rows - 1 - seat)
-    width = math.ceil(batch_size / rows) + 2
-    places = np.full((updates, rows, width), -1, np.int64)
-    places[:, row, lap] = order
-    items = np.where(places >= 0, np.take_along_axis(windows, places.reshape(updates, -1), 1).reshape(places.shape), -1)
-    targets = np.repeat(measures[items].sum(axis=2).mean(axis=1, keepdims=True), rows, axis=1)
-    swapped = even_out(
-        np.arange(updates * rows * width).reshape(updates * rows, width),
-        measures[items].reshape(-1, 2),
-        targets.reshape(-1, 2),
-        group=np.repeat(np.arange(updates), rows),
-        within=_EVEN_WITHIN,
-    )
-    final = places.reshape(-1)[swapped.reshape(-1)].reshape(updates, rows * width)
-    row_of = np.full((updates, batch_size), -1, np.int32)
-    update, where = np.nonzero(final >= 0)
-    row_of[update, final[update, where]] = where // width
-    return np.where(windows >= 0, row_of, -1).astype(np.int32)
+def _deal_rows(windows: Windows, sizes: Sizes, rows: int, row_length: int | None, shapes: int) -> Windows:
+    """Deals each window into rows that are no fuller than the capacities which it, or the largest window, needs.
+
+    The head visits as many scored slots as an update's fullest row has: those are evened out update by update.
+    """
+    measures = np.stack([sizes.length, sizes.scored, sizes.keys], axis=1).astype(np.float64)
+    real = (windows >= 0)[..., None]
+    fair = np.where(real, measures[windows], 0).sum(axis=1) / rows
+    largest = np.where(real, measures[windows], 0).max(axis=1)
+    spare = 1 + _SPARE * rows / windows.shape[1]
+    most = np.maximum(fair * [1, spare, spare], largest)
+    for measure in (0, 2):
+        if shapes == 1:
+            most[:, measure] = most[:, measure].max()
+        most[:, measure] = np.maximum(np.ceil(most[:, measure] / LENGTH_MULTIPLE), 1) * LENGTH_MULTIPLE
+    if row_length is not None:
+        most[:, 0] = row_length
+    most[:, 1] = np.maximum(most[:, 1], 1)
+    return deal(windows, measures, rows, most)

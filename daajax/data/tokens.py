@@ -13,6 +13,7 @@ from daajax.errors import UserError
 
 ARRAYS = ("tokens", "scored", "lengths", "weights")  # what every data set consists of
 UNLABELLED = -1
+_AT_ONCE = 2**16  # prompts and responses whose scored tokens are counted in one go
 COLUMNS = {  # what some bring besides: (dtype, axes, value where there is none)
     "scores": (np.float32, ("examples", "responses"), np.nan),
     "labels": (np.int8, ("examples",), UNLABELLED),
@@ -164,8 +165,12 @@ class TokenizedData:
         """Scored tokens of each response; 0: there is no such response."""
         sizes = self.lengths.ravel()
         counts = np.zeros(sizes.shape, np.int32)
-        begins = np.cumsum(sizes, dtype=np.int64) - sizes
-        counts[sizes > 0] = np.add.reduceat(self.scored, begins[sizes > 0], dtype=np.int32)
+        ends, there = np.cumsum(sizes, dtype=np.int64), np.flatnonzero(sizes)
+        begins = (ends - sizes)[there]
+        for first in range(0, len(there), _AT_ONCE):  # all at once, NumPy would hold a copy of `scored` as int32
+            block = slice(first, first + _AT_ONCE)
+            start, stop = begins[first], ends[there[block][-1]]
+            counts[there[block]] = np.add.reduceat(self.scored[start:stop], begins[block] - start, dtype=np.int32)
         return counts.reshape(self.lengths.shape)[:, 1:]
 
 

@@ -149,7 +149,15 @@ def _balance(
     bins[inside] = order
     padded = np.concatenate([measures, np.zeros((1, measures.shape[1]))])
     targets = counts[:, None] * measures[order].mean(axis=0)
+    room = BALANCED_WITHIN / 10 * np.tile(targets.max(axis=0) * [1, 4], (len(bins), 1))
     bins = even_out(
-        bins, padded, targets, group=np.zeros(len(bins), np.int64), within=BALANCED_WITHIN / 10, movable=inside
+        bins,
+        padded,
+        targets,
+        group=np.zeros(len(bins), np.int64),
+        room=room,
+        both_ways=True,
+        all_meet=False,  # a run that goes on needs the windows that it began with
+        movable=inside,
     )
     return bins[inside]

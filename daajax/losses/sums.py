@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
         logps: Under the policy.
         offsets: A token's place among its response's scored tokens.
         shortest: Scored tokens of the shortest response of its example.
-        statistics: Further statistics of the policy's distributions, by key of `daajax.ops.head.STATISTICS`.
+        statistics: Further statistics of the policy's distributions, by key of `daajax.ops.statistics.STATISTICS`.
         reference: Log-probs under the reference.
         entropies: Of the reference's distributions, as a share of the largest there is, the log of the vocabulary.
         kept: Whether a draw keeps the token: of every response as many as the shortest one has.
@@ -51,7 +51,7 @@ class Sum:
 
     Attributes:
         of: The number of each token that is summed.
-        statistics: Keys of `daajax.ops.head.STATISTICS` that it reads.
+        statistics: Keys of `daajax.ops.statistics.STATISTICS` that it reads.
         reads: Fields of `Tokens` that it reads besides.
         live: Whether it needs the reference's whole distributions, and so its model beside the policy's.
     """

@@ -41,11 +41,11 @@ class Needs:
         reference: Whether any compares with the reference.
         coupled: Whether any sees the whole update at once.
         sums: Keys of `daajax.losses.sums.SUMS`.
-        statistics: Keys of `daajax.ops.head.STATISTICS`, of the policy.
+        statistics: Keys of `daajax.ops.statistics.STATISTICS`, of the policy.
         fields: What they read of the data.
         may_read: What they read of it where the data have it.
         draws: Random numbers.
-        of_reference: Keys of `daajax.ops.head.STATISTICS`, of the reference.
+        of_reference: Keys of `daajax.ops.statistics.STATISTICS`, of the reference.
         live: Names of the terms that need the reference's model beside the policy's.
     """
 

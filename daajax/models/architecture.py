@@ -150,6 +150,11 @@ class Architecture:
     learned_positions: bool = False
     experts: Experts | None = None
 
+    @property
+    def projection(self) -> str:
+        """Name of the parameter that makes logits of hidden states: the embedding itself where the two are tied."""
+        return "embed_tokens" if self.tie_word_embeddings else "lm_head"
+
 
 def for_length(architecture: Architecture, length: int) -> Architecture:
     """The architecture as it is for sequences of up to so many tokens.

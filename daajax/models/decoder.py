@@ -12,18 +12,21 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from daajax.models import quantization, rope
+from daajax.models import quantization, remat, rope
 from daajax.models.architecture import Architecture, Norm
 from daajax.models.lora import COLLECTION, Lora
 from daajax.models.parameters import Parameter, adapter_parameters, kept, layer_parameters, outer_parameters
 from daajax.models.quantization import Quantized
 from daajax.models.rope import Rotation
-from daajax.ops import experts
+from daajax.ops import embedding, experts
+from daajax.ops.devices import ONE_DEVICE
 
 Attend = Callable[[Array, Array, Array, Any], Array]  # queries, keys, values, what each may see -> output
 Mix = Callable[..., Array]  # as `daajax.ops.experts.mix` without `ids`
+Lookup = Callable[[Array, Array, str, Any], Array]  # as `daajax.ops.embedding.lookup` without `devices`
 Params = dict[str, Any]
 Memory = tuple[Array, Array]  # rotated keys, values: of a layer, or of all of them with their axis in front
 
@@ -38,13 +41,6 @@ class Routing(NamedTuple):
 
     probabilities: Float[Array, "*layers experts"]
     chosen: Float[Array, "*layers experts"]
-
-
-REMAT = {  # what the backward pass keeps of a layer
-    "none": None,  # everything: fastest
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # matmul outputs; the rest is recomputed
-    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only: one more forward pass
-}
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # names as in transformers
@@ -78,14 +74,14 @@ def normalize(params: Params, name: str, x: Float[Array, "*axes width"], norm: N
 
 def project(params: Params, name: str, x: Float[Array, "*axes inputs"]) -> Float[Array, "*axes outputs"]:
     """A linear layer as one two-dimensional product, in the dtype of x; float32 is not rounded to a shorter format."""
-    flat, precision = x.reshape(-1, x.shape[-1]), _precision(x.dtype)
+    flat, precision, product = x.reshape(-1, x.shape[-1]), _precision(x.dtype), remat.PROJECTIONS[name]
     y = quantization.apply(lambda weights, x: jnp.dot(x, *weights, precision=precision), (params[name],), flat)
     if f"{name}_bias" in params:
         y = y + params[f"{name}_bias"][None]
     if f"{name}_a" in params:
-        down = jnp.dot(flat, params[f"{name}_a"], precision=precision)
+        down = checkpoint_name(jnp.dot(flat, params[f"{name}_a"], precision=precision), product)
         y = y + jnp.dot(down, params[f"{name}_b"], precision=precision)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return checkpoint_name(y, product).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
@@ -240,16 +236,18 @@ class Decoder(nn.Module):
         architecture: What to compute.
         attend: Attention over the rows, given what each query may see.
         mix: Sends tokens through their experts; `daajax.ops.experts.mix` on one device.
+        lookup: Rows of a table; `daajax.ops.embedding.lookup` on one device.
         constrain: Says where the residual stream [rows, length, embed] lives; identity on one device.
         dtype: Compute dtype.
         param_dtype: Dtype of the parameters that are trained; they are cast inside the scan over layers.
-        remat: Key of `REMAT`.
+        remat: Key of `daajax.models.remat.REMAT`.
         lora: Its adapters, which are on where their collection is among the variables; None: all of it is trained.
     """
 
     architecture: Architecture
     attend: Attend
     mix: Mix = experts.mix
+    lookup: Lookup = functools.partial(embedding.lookup, devices=ONE_DEVICE)
     constrain: Callable[[Array], Array] = lambda x: x
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -273,9 +271,8 @@ class Decoder(nn.Module):
             weighed: What each token counts in how routers sent them; None: nobody asks.
         """
         a = self.architecture
-        outer_there = kept(outer_parameters(a), self.lora)
-        outer = {n: _declare(self, n, p).astype(self.dtype) for n, p in outer_there.items()}
-        layer = _Layer if self.remat == "none" else nn.remat(_Layer, policy=REMAT[self.remat], prevent_cse=False)
+        outer = {n: _declare(self, n, p) for n, p in kept(outer_parameters(a), self.lora).items()}
+        layer = nn.remat(_Layer, policy=remat.policy(self.remat), prevent_cse=False)
         kinds = _kinds(a)
         layers = nn.scan(
             layer,
@@ -285,7 +282,7 @@ class Decoder(nn.Module):
             length=a.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x = self.constrain(embed(outer, tokens, positions, a, self.dtype))
+        x = self.constrain(embed(outer, tokens, positions, a, self.dtype, self.lookup))
         rotations = rope.rotations(a.kinds, a.head_dim, positions)
         stack = layers(a, self.attend, self.mix, self.constrain, self.dtype, self.param_dtype, self.lora, name="layers")
         x, routing = stack(x, rotations, seen, weighed, kinds)
@@ -331,12 +328,15 @@ def embed(
     positions: Int[Array, "rows length"],
     architecture: Architecture,
     dtype: jax.typing.DTypeLike,
+    lookup: Lookup,
 ) -> Float[Array, "rows length embed"]:
     """Where the residual stream begins, in the compute dtype."""
-    x = params["embed_tokens"][tokens].astype(dtype)
+    x = lookup(params["embed_tokens"], tokens, "vocab", dtype)
     if architecture.embedding_scale != 1:
         x = x * jnp.asarray(architecture.embedding_scale, dtype)
-    return x + params["position_embeddings"][positions].astype(dtype) if architecture.learned_positions else x
+    if architecture.learned_positions:
+        x = x + lookup(params["position_embeddings"], positions, "positions", dtype)
+    return x
 
 
 def decode(
@@ -371,7 +371,7 @@ def decode(
         x, (made, _) = decoder_layer(weights, x, of_kind(rotations, kind), what, None, a, model.attend, model.mix)
         return model.constrain(x), made
 
-    x = model.constrain(embed(params, tokens, positions, a, dtype))
+    x = model.constrain(embed(params, tokens, positions, a, dtype, model.lookup))
     adapters = params.get(COLLECTION, {}).get("layers", {})
     x, made = jax.lax.scan(layer, x, (params["layers"], adapters, memory, _kinds(a)))
     return normalize(params, "norm", x, a.norm), made
@@ -379,27 +379,40 @@ def decode(
 
 def projection(params: Params, architecture: Architecture) -> Float[Array, "vocab embed"]:
     """The vocabulary projection, in the dtype of the parameters: the embedding itself where the two are tied."""
-    return params["embed_tokens" if architecture.tie_word_embeddings else "lm_head"]
+    return params[architecture.projection]
 
 
 def abstract_params(model: Decoder) -> tuple[Params, Params]:
     """Shapes and logical axes of the parameters, without making any: two trees of the same structure."""
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), unbox=False))
+    hashable: Any = _without_functions(model)  # flax makes the hash where type checkers do not see it
+    boxed = _abstract(hashable)
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+@functools.cache  # a run asks for them some eight times
+def _abstract(model: Decoder) -> Params:
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0), unbox=False))
 
 
 def init_params(model: Decoder, key: Array, *, unbox: bool = True) -> Params:
     """Fresh parameters; which numbers is a function of the key and the architecture."""
-    # Attention and experts are not part of the parameters: stand-ins let one token initialize any model.
-    model = model.clone(
-        attend=lambda queries, keys, values, seen: queries,
-        mix=lambda x, *rest: x,
-        constrain=lambda x: x,
-    )
     one = jnp.zeros((1, 1), jnp.int32)
-    made: Any = model.init(key, one, one, None)
+    made: Any = _without_functions(model).init(key, one, one, None)
     params = {**made["params"], **{name: value for name, value in made.items() if name != "params"}}
     return nn.unbox(params) if unbox else params
+
+
+def _without_functions(model: Decoder) -> Decoder:
+    """What is called from outside is not part of the parameters: stand-ins let one token initialize any model."""
+    return model.clone(attend=_first, mix=_first, constrain=_first, lookup=_nothing)
+
+
+def _first(x: Any, *rest: Any) -> Any:
+    return x
+
+
+def _nothing(table: Any, numbers: Any, axis: str, dtype: Any) -> Any:
+    return jnp.zeros((*numbers.shape, table.shape[1]), dtype)
 
 
 def variables(params: Params) -> dict[str, Params]:

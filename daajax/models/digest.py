@@ -8,6 +8,8 @@ import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 
+from daajax import sharding
+
 
 def digest_of(params: Mapping[str, Any], scale: float | None = None) -> str:
     """What the weights are, whatever files, shards, mesh or dtype they are in: equal digests mean equal values.
@@ -28,7 +30,7 @@ def digest_of(params: Mapping[str, Any], scale: float | None = None) -> str:
 
 def digests_of(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     """The digest of each array's values; their types have up to four bytes."""
-    sums = jax.device_get(_mix_all(dict(arrays)))
+    sums = {name: sharding.fetch(pair) for name, pair in _mix_all(dict(arrays)).items()}
     return {name: "-".join(f"{int(value):08x}" for value in pair) for name, pair in sums.items()}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from daajax import output
+from daajax import output, processes, sharding
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
 from daajax.models.architecture import Architecture
@@ -65,11 +65,23 @@ def save(path: str, params: Params, architecture: Architecture, lora: Lora, *, b
         UserError: If PEFT cannot hold it, or the disk does not take it.
     """
     check(architecture, lora)
+    found = tensors(params, architecture, lora)
+    processes.first_alone(lambda: _write(pathlib.Path(path), found, architecture, lora, base, tokenizer_path))
+
+
+def _write(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    architecture: Architecture,
+    lora: Lora,
+    base: str,
+    tokenizer_path: str,
+) -> None:
     try:
-        with output.replacing_folder(pathlib.Path(path)) as folder:
+        with output.replacing_folder(path) as folder:
             file = folder / WEIGHTS
             metadata = {"format": "pt", _NOTE: " ".join(lora.targets)}
-            safetensors.numpy.save_file(tensors(params, architecture, lora), file, metadata=metadata)
+            safetensors.numpy.save_file(dict(tensors), file, metadata=metadata)
             file.chmod(0o644)  # safetensors makes it the owner's alone
             text = json.dumps(_config(architecture, lora, base), indent=2)
             (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -100,7 +112,7 @@ def tensors(params: Params, architecture: Architecture, lora: Lora) -> dict[str,
     for module, targets in modules_of(architecture, lora.targets).items():
         for layer in range(architecture.num_hidden_layers):
             a, b = (
-                [np.asarray(flat[f"{COLLECTION}/layers/{target}_{side}"][layer]).T for target in targets]
+                [sharding.fetch(flat[f"{COLLECTION}/layers/{target}_{side}"][layer]).T for target in targets]
                 for side in "ab"
             )
             whole = np.zeros((outputs_of(architecture, module), lora.rank * len(targets)), b[0].dtype)
@@ -111,7 +123,7 @@ def tensors(params: Params, architecture: Architecture, lora: Lora) -> dict[str,
             found[f"{name}.lora_B.weight"] = whole
     for path, tensor in whole_of(architecture, lora).items():
         for layer, name in enumerate(names_of(architecture, tensor)):
-            value = np.asarray(flat[path][layer] if "{layer}" in tensor.name else flat[path])
+            value = sharding.fetch(flat[path][layer] if "{layer}" in tensor.name else flat[path])
             found[_PREFIX + name] = np.ascontiguousarray(value.T if tensor.transposed else value)
     for copy, original in copies_of(architecture, lora).items():
         found[_PREFIX + copy] = found[_PREFIX + original]

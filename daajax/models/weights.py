@@ -5,7 +5,9 @@ whole.
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import types
@@ -19,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from daajax import output
+from daajax import output, processes, sharding
 from daajax.console import say
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
@@ -223,8 +225,12 @@ def _reader(directory: Directory, stored: _Stored, parameter: jax.ShapeDtypeStru
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         chosen = numbers[index[:leading]]
-        parts = [one(stored.tensors[number], index[leading:]) for number in chosen.flat]
-        return np.stack(parts).reshape(*chosen.shape, *parts[0].shape)
+        parts = (one(stored.tensors[number], index[leading:]) for number in chosen.flat)
+        first = next(parts)
+        whole = np.empty((chosen.size, *first.shape), first.dtype)  # filled one by one: there is no second copy of all
+        for place, part in enumerate(itertools.chain([first], parts)):
+            whole[place] = part
+        return whole.reshape(*chosen.shape, *first.shape)
 
     return once(read)
 
@@ -255,11 +261,20 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
 def _save(
     target: pathlib.Path, params: Params, architecture: Architecture, model_path: str, tokenizer_path: str
 ) -> None:
-    with output.replacing_folder(target) as partial:
-        _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
-        output.copy(model_path, COMPANIONS, partial)
-        output.copy(tokenizer_path, TOKENIZER_FILES, partial)
-        _forget_code(partial / "config.json")
+    with contextlib.ExitStack() as stack:
+        enter = output.replacing_folder(target)
+        partial = pathlib.Path(processes.from_first(lambda: str(stack.enter_context(enter))))
+        shards = _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
+
+        def complete() -> None:
+            _name_shards(partial, shards)
+            output.copy(model_path, COMPANIONS, partial)
+            output.copy(tokenizer_path, TOKENIZER_FILES, partial)
+            _forget_code(partial / "config.json")
+            stack.close()
+
+        processes.gathered(None)  # all have written
+        processes.first_alone(complete)
 
 
 def _forget_code(file: pathlib.Path) -> None:
@@ -296,7 +311,7 @@ def tensors(
     for shared in parts.values():
         there = {name: flat[name].make() if isinstance(flat[name], Later) else flat[name] for name, _ in shared}
         for number, index in enumerate(np.ndindex(shared[0][1].stacks)):
-            values = [(stored.tensors[number], np.asarray(there[name][index])) for name, stored in shared]
+            values = [(stored.tensors[number], sharding.fetch(there[name][index])) for name, stored in shared]
             tensor, value = values[0]
             if tensor.columns is not None:
                 shape = whole[shared[0][0]]
@@ -312,26 +327,30 @@ def tensors(
             yield tensor.name, value.astype(dtype)
 
 
-def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    shards: list[list[str]] = []
-    shard: dict[str, np.ndarray] = {}
-    size = total = 0
+def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> list[dict[str, int]]:
+    """Writes files of tensors, each process every so many-th of them; of every file, bytes of each of its tensors."""
+    shards: list[dict[str, int]] = [{}]
+    kept: dict[str, np.ndarray] = {}
 
     def flush() -> None:
-        file = folder / f"part-{len(shards)}"
-        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes it the owner's alone
-        shards.append(list(shard))
-        shard.clear()
+        if kept:
+            file = folder / f"part-{len(shards) - 1}"
+            safetensors.numpy.save_file(kept, file, metadata={"format": "pt"})
+            file.chmod(0o644)  # safetensors makes it the owner's alone
+            kept.clear()
 
     for name, value in tensors:
-        if shard and size + value.nbytes > _SHARD_BYTES:
+        if shards[-1] and sum(shards[-1].values()) + value.nbytes > _SHARD_BYTES:
             flush()
-            size = 0
-        shard[name] = value
-        size += value.nbytes
-        total += value.nbytes
+            shards.append({})
+        shards[-1][name] = value.nbytes
+        if processes.is_turn(len(shards) - 1):
+            kept[name] = value
     flush()
+    return shards
+
+
+def _name_shards(folder: pathlib.Path, shards: list[dict[str, int]]) -> None:
     if len(shards) == 1:
         (folder / "part-0").rename(folder / SINGLE)
         return
@@ -340,5 +359,6 @@ def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{index}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
+    total = sum(sum(shard.values()) for shard in shards)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")

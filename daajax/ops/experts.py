@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 BLOCK = 128  # tokens of one expert that are multiplied at once
@@ -81,11 +82,14 @@ def mix(
         The sum, float32.
     """
     tokens, each = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
-    where = layout(chosen.reshape(-1) - (0 if ids is None else ids[0]), len(gate))
+    where = checkpoint_name(layout(chosen.reshape(-1) - (0 if ids is None else ids[0]), len(gate)), "mlp")
     copies = jnp.broadcast_to(tokens[:, None], (len(tokens), each, tokens.shape[1])).reshape(-1, tokens.shape[1])
     sent = _moved(copies, where.copy, where.slot)
-    inner = act(grouped(sent, gate, where.expert, where.blocks)) * grouped(sent, up, where.expert, where.blocks)
-    made = _moved(grouped(inner, down, where.expert, where.blocks), where.slot, where.copy)
+    # Named as `daajax.models.remat` has it: what the backward pass may keep.
+    gates, ups = (checkpoint_name(grouped(sent, w, where.expert, where.blocks), "mlp") for w in (gate, up))
+    inner = act(gates) * ups
+    made = checkpoint_name(grouped(inner, down, where.expert, where.blocks), "down")
+    made = _moved(made, where.slot, where.copy)
     weighed = made.astype(jnp.float32) * weights.reshape(-1, 1)
     return weighed.reshape(len(tokens), each, -1).sum(axis=1).reshape(x.shape)
 

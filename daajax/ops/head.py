@@ -1,218 +1,176 @@
-"""The head: statistics of the next-token distribution at scored tokens, without logits of size tokens × vocabulary.
+"""The head: statistics of the distributions that scored tokens are drawn from, without logits of tokens × vocabulary.
 
-`token_statistics` walks over the scored tokens in chunks. Within a chunk it multiplies hidden states with the
-vocabulary projection once, reduces the logits to float32 numbers per token, and forgets them; its backward pass
-recomputes them and applies the analytic derivative of every statistic, written beside the statistic in `STATISTICS`.
-A projection that is not differentiated costs no third product, and no gradient of its size exists.
-To add one: a value, a derivative with respect to the logits, a line in the table.
+One product of hidden states with the vocabulary projection makes logits, a second one their gradient into hidden
+states, a third one into the projection. Three forms differ in what they keep between the first and the others:
+
+- `token`: nothing but a few numbers a token. The backward pass makes the logits again: four products. For anything.
+- `frozen`: for a projection that is not trained, the direction that each statistic moves the hidden state in, made
+  beside the statistic. The backward pass multiplies it with one number a token: two products.
+- `row`: the logits of one row, whole. A row holds whole examples, so that a loss which does not couple rows is
+  differentiated with respect to the row's statistics while its logits are there: three products.
+
+Scored slots fill up from the front of each row; loops over chunks of them end behind the last one that is real. The
+vocabulary may be cut up over devices.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-CHUNK = 2048  # tokens; each chunk reads the whole projection forward, and reads and writes its gradient backward
-
-
-class _Logits(NamedTuple):
-    """A chunk's distribution, all float32 [chunk, vocab] but for the targets."""
-
-    log_probs: Array
-    targets: Int[Array, " chunk"]
-    reference: Array  # log-probs of the reference model; of no rows unless a statistic compares the two
-    slope: Array | None = None  # derivative of these logits with respect to the projection's, where they are capped
-
-
-def _logps(z: _Logits) -> Array:
-    return jnp.take_along_axis(z.log_probs, z.targets[:, None], axis=1)[:, 0]
-
-
-def _d_logps(z: _Logits, value: Array) -> Array:
-    del value
-    return (jnp.arange(z.log_probs.shape[1])[None] == z.targets[:, None]) - jnp.exp(z.log_probs)
-
-
-def _sum_squares(z: _Logits) -> Array:
-    return jax.nn.logsumexp(2 * z.log_probs, axis=1)
-
-
-def _d_sum_squares(z: _Logits, value: Array) -> Array:
-    return 2 * (jnp.exp(2 * z.log_probs - value[:, None]) - jnp.exp(z.log_probs))
-
-
-def _entropies(z: _Logits) -> Array:
-    return -(jnp.exp(z.log_probs) * z.log_probs).sum(axis=1)
-
-
-def _d_entropies(z: _Logits, value: Array) -> Array:
-    return -jnp.exp(z.log_probs) * (z.log_probs + value[:, None])
-
-
-def _kl(z: _Logits) -> Array:
-    return (jnp.exp(z.reference) * (z.reference - z.log_probs)).sum(axis=1)
-
-
-def _d_kl(z: _Logits, value: Array) -> Array:
-    del value
-    return jnp.exp(z.log_probs) - jnp.exp(z.reference)
-
-
-STATISTICS: dict[str, tuple[Callable[[_Logits], Array], Callable[[_Logits, Array], Array]]] = {
-    "logps": (_logps, _d_logps),  # log π(token), nats
-    "sum_squares": (_sum_squares, _d_sum_squares),  # log Σ_v π(v)²
-    "entropies": (_entropies, _d_entropies),  # -Σ_v π(v) log π(v), nats
-    "kl": (_kl, _d_kl),  # Σ_v π_ref(v) log(π_ref(v) / π(v)), nats
-}
-
-
-def log_probs(
-    hidden: Float[Array, "tokens embed"], weights: Float[Array, "vocab embed"], softcap: float | None = None
-) -> Float[Array, "tokens vocab"]:
-    """Log-probs of every next token, nats, float32; both operands in the compute dtype.
-
-    Args:
-        hidden: States that predict a token.
-        weights: The vocabulary projection.
-        softcap: Logits z become c·tanh(z/c); None: they stay.
-    """
-    return jax.nn.log_softmax(_logits(hidden, weights, softcap), axis=1)
-
-
-def _logits(hidden: Array, weights: Array, softcap: float | None) -> Array:
-    logits = _product(hidden, weights, ((1,), (1,)))
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+from daajax.ops.logits import (
+    PROJECTION,
+    ROWS,
+    VOCAB,
+    Head,
+    d_logits_of,
+    distributions,
+    gradient_over_rows,
+    into_hidden,
+    operands_of,
+    product,
+    values_of,
+    weights_of,
+)
+from daajax.ops.slots import Chunks, Slots, padded
+from daajax.ops.statistics import Normalizer
 
 
 def token_statistics(
-    hidden: Float[Array, "tokens embed"],
+    head: Head,
+    hidden: Float[Array, "rows scored embed"],
     projection: Float[Array, "vocab embed"],
-    targets: Int[Array, " tokens"],
-    count: Int[Array, ""],
-    *,
-    names: tuple[str, ...] = ("logps",),
-    reference_hidden: Float[Array, "tokens reference_embed"] | None = None,
-    reference_projection: Float[Array, "vocab reference_embed"] | None = None,
-    softcap: float | None = None,
-    reference_softcap: float | None = None,
-    chunk: int = CHUNK,
-) -> dict[str, Float[Array, " tokens"]]:
+    targets: Int[Array, "rows scored"],
+    real: Bool[Array, "rows scored"],
+    *reference: Float[Array, "..."],
+) -> dict[str, Float[Array, "rows scored"]]:
     """Named statistics of the distribution that each hidden state predicts, float32.
 
-    Differentiable with respect to `hidden` and `projection` through every statistic; the reference gets no gradient.
+    Differentiable with respect to `hidden` and `projection` through every statistic; the reference gets no gradient. A
+    projection that is not differentiated costs no third product, and no gradient of its size exists.
 
     Args:
+        head: What to compute.
         hidden: States that predict a scored token, in the compute dtype.
         projection: Vocabulary projection, in the dtype of the parameters: it is cast once, and its gradient has that
             dtype, so that devices sum it in float32.
         targets: The scored tokens.
-        count: Leading tokens that are real; the loops end behind them, and what lies behind is 0 and passes no
-            gradient.
-        names: Keys of `STATISTICS`.
-        reference_hidden: States of the reference model at the same tokens; only with "kl".
-        reference_projection: The reference model's projection; only with "kl".
-        softcap: Logits z become c·tanh(z/c); None: they stay.
-        reference_softcap: Likewise those of the reference.
-        chunk: Tokens a chunk; a multiple of the device's tile, more than there are tokens is cut down.
+        real: Which slots hold one; the others are 0 and pass no gradient.
+        *reference: With "kl", states of the reference model at the same tokens, and its projection.
 
     Raises:
-        ValueError: If a name is unknown, or "kl" and the reference operands do not come together.
+        ValueError: If "kl" and the reference operands do not come together, or the projection is differentiated by a
+            head that takes it as frozen.
     """
-    unknown = set(names) - set(STATISTICS)
-    if unknown:
-        raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(STATISTICS)}.")
-    if ("kl" in names) != (reference_hidden is not None) or (reference_hidden is None) != (
-        reference_projection is None
-    ):
-        raise ValueError('the statistic "kl" and both reference operands come together or not at all.')
-    tokens = len(hidden)
-    chunk = min(chunk, tokens)
-    padding = -tokens % chunk
-    hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
-    reference = None
-    if reference_hidden is not None and reference_projection is not None:
-        reference_weights = reference_projection.astype(reference_hidden.dtype)
-        reference = jax.lax.stop_gradient((jnp.pad(reference_hidden, ((0, padding), (0, 0))), reference_weights))
-    caps, count = (softcap, reference_softcap), jnp.minimum(count, tokens)
-    values: Any = _statistics(hidden, projection, targets, count, reference, names, caps, chunk)
-    return {name: value[:tokens] for name, value in zip(names, values, strict=True)}
+    slots, weights = operands_of(head, hidden, projection, targets, real, reference)
+    values: Any = _statistics(head, slots, projection, weights[1:])
+    return dict(zip(head.names, values, strict=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _statistics(hidden, projection, targets, count, reference, names, caps, chunk):
-    weights = projection.astype(hidden.dtype)
-
-    def visit(step, values):
-        at = step * chunk
-        logits = _chunk_logits(hidden, weights, targets, reference, at, caps, chunk)
-        real = at + jnp.arange(chunk) < count
-        new = (jnp.where(real, STATISTICS[name][0](logits), 0) for name in names)
-        return tuple(jax.lax.dynamic_update_slice(v, n, (at,)) for v, n in zip(values, new, strict=True))
-
-    start = tuple(jnp.zeros(len(hidden), jnp.float32) for _ in names)
-    return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, visit, start)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(head, slots, projection, others):
+    return _score(head, slots, (weights_of(head, projection, slots.hidden.dtype), *others))[0]
 
 
-def _forward(hidden, projection, targets, count, reference, names, caps, chunk):
-    given = jax.tree.map(lambda x: x.value, (hidden, projection, targets, count, reference))
-    values = _statistics(*given, names, caps, chunk)
-    return values, (*given, values, () if projection.perturbed else None)
+def _forward(head, slots, projection, others):
+    is_trained = projection.perturbed
+    slots, projection, others = jax.tree.map(lambda x: x.value, (slots, projection, others))
+    weights = (weights_of(head, projection, slots.hidden.dtype), *others)
+    if not head.is_frozen:
+        values, normalizer, _ = _score(head, slots, weights)
+        return values, (slots, projection, others, (values, normalizer), () if is_trained else None)
+    if is_trained:
+        raise ValueError("a head with a frozen projection makes no gradient of it, and one is asked for.")
+    values, _, directions = _score(head, slots, weights, with_directions=True)
+    return values, (slots.real, directions)
 
 
-def _backward(names, caps, chunk, residuals, cotangents):
-    hidden, projection, targets, count, reference, values, is_trained = residuals
-    cotangents = [None if isinstance(c, SymbolicZero) else c for c in cotangents]
-    weights = projection.astype(hidden.dtype)
+def _backward(head, residuals, cotangents):
+    cotangents = tuple(None if isinstance(c, SymbolicZero) else c for c in cotangents)
+    if head.is_frozen:
+        real, directions = residuals
+        moved = jnp.zeros(directions[0].shape, jnp.float32)
+        for cotangent, direction in zip(cotangents, directions, strict=True):
+            if cotangent is not None:
+                moved += jnp.where(real, cotangent, 0)[:, :, None] * direction
+        return _d_slots(moved.astype(directions[0].dtype), "kl" in head.names), None, ("kl" in head.names) * (None,)
+    slots, projection, others, known, is_trained = residuals
+    weights = (weights_of(head, projection, slots.hidden.dtype), *others)
+    d_hidden, *d_projection = _pull(head, slots, weights, known, cotangents, is_trained=is_trained is not None)
+    d_weights = d_projection[0].astype(projection.dtype) if d_projection else None
+    return _d_slots(d_hidden, bool(others)), d_weights, tuple(None for _ in others)
 
-    def visit(step, carry):
-        d_hidden, d_projection = carry
-        at = step * chunk
-        logits = _chunk_logits(hidden, weights, targets, reference, at, caps, chunk)
-        real = at + jnp.arange(chunk) < count
-        d_logits = jnp.zeros_like(logits.log_probs)
-        for name, value, cotangent in zip(names, values, cotangents, strict=True):
-            if cotangent is None:
-                continue
-            value, cotangent = (jax.lax.dynamic_slice(x, (at,), (chunk,)) for x in (value, cotangent))
-            d_logits += jnp.where(real, cotangent, 0)[:, None] * STATISTICS[name][1](logits, value)
-        if logits.slope is not None:
-            d_logits *= logits.slope
-        d_logits = d_logits.astype(hidden.dtype)  # the two products below run in the compute dtype, summed in float32
-        d_states = _product(d_logits, weights, ((1,), (0,))).astype(hidden.dtype)
-        if d_projection is not None:
-            states = jax.lax.dynamic_slice_in_dim(hidden, at, chunk)
-            d_projection += _product(d_logits, states, ((0,), (0,)))
-        return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_states, at, axis=0), d_projection
 
-    start = jnp.zeros_like(hidden), None if is_trained is None else jnp.zeros(projection.shape, jnp.float32)
-    d_hidden, d_projection = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, visit, start)
-    d_projection = None if d_projection is None else d_projection.astype(projection.dtype)
-    return d_hidden, d_projection, None, None, None
+def _d_slots(d_hidden: Any, has_reference: bool) -> Any:
+    nothing: Any = None
+    return Slots(d_hidden, nothing, nothing, (nothing,) if has_reference else ())
 
 
 _statistics.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chunk_logits(hidden, projection, targets, reference, at, caps, chunk) -> _Logits:
-    def chunk_of(states, weights, cap):
-        return _logits(jax.lax.dynamic_slice_in_dim(states, at, chunk), weights, cap)
+def _score(
+    head: Head, slots: Slots, weights: tuple[Array, ...], *, with_directions: bool = False
+) -> tuple[tuple[Array, ...], Normalizer, tuple[Array, ...]]:
+    """Values of the statistics, normalizer, and where asked for how each moves the hidden state; [rows, scored, …]."""
 
-    logits = chunk_of(hidden, projection, caps[0])
-    other = jnp.zeros((0, 0))
-    if reference is not None:
-        other = jax.nn.log_softmax(chunk_of(reference[0], reference[1], caps[1]), axis=1)
-    return _Logits(
-        jax.nn.log_softmax(logits, axis=1),
-        jax.lax.dynamic_slice(targets, (at,), (chunk,)),
-        other,
-        None if caps[0] is None else 1 - jnp.square(logits / caps[0]),
-    )
+    def of_part(slots: Slots, weights: tuple[Array, ...]) -> Any:
+        chunks, names = Chunks.of(slots.real, head.chunk, head.devices), head.names if with_directions else ()
+
+        def visit(step, found):
+            mine = chunks.take(slots, step)
+            d = distributions(head, mine, weights)
+            values = values_of(head, d, mine.real)
+            ones = tuple(jnp.ones(len(mine.real)) for _ in values)
+            directions = tuple(
+                into_hidden(head, d_logits_of(head, d, values, _only(ones, place), slots.hidden.dtype), weights)
+                for place, _ in enumerate(names)
+            )
+            return chunks.put(found, (values, d.normalizer, directions), step)
+
+        nothing = jnp.zeros(slots.real.shape, jnp.float32)
+        start = (tuple(nothing for _ in head.names), Normalizer(nothing, nothing))
+        return jax.lax.fori_loop(0, chunks.count, visit, (*start, tuple(jnp.zeros_like(slots.hidden) for _ in names)))
+
+    scored, rows = slots.real.shape[1], _local_rows(head, slots)
+    found = head.devices.local(of_part, (ROWS, VOCAB), ROWS)(padded(slots, rows, head.chunk), weights)
+    return jax.tree.map(lambda x: x[:, :scored], found)
 
 
-def _product(x: Array, y: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+def _only(values: tuple[Any, ...], place: int) -> tuple[Any, ...]:
+    """One of several values, and None in place of the others."""
+    return tuple(value if here == place else None for here, value in enumerate(values))
+
+
+def _local_rows(head: Head, slots: Slots) -> int:
+    return len(slots.real) // head.devices.parts("rows")
+
+
+def _pull(
+    head: Head, slots: Slots, weights: tuple[Array, ...], known: Any, cotangents: Any, *, is_trained: bool
+) -> tuple[Array, ...]:
+    """Gradients of hidden states and, where it is trained, of the projection, float32."""
+
+    def of_part(slots: Slots, known: Any, cotangents: Any, weights: tuple[Array, ...]) -> Any:
+        chunks = Chunks.of(slots.real, head.chunk, head.devices)
+
+        def visit(step, carry):
+            mine, (values, normalizer), given = (chunks.take(x, step) for x in (slots, known, cotangents))
+            d = distributions(head, mine, weights, normalizer)
+            given = tuple(None if c is None else jnp.where(mine.real, c, 0) for c in given)
+            d_logits = d_logits_of(head, d, values, given, mine.hidden.dtype)
+            d_hidden = chunks.put(carry[0], into_hidden(head, d_logits, weights), step)
+            return d_hidden, *(total + product(d_logits, mine.hidden, (0, 0)) for total in carry[1:])
+
+        start = jnp.zeros_like(slots.hidden), *(jnp.zeros(weights[0].shape, jnp.float32) for _ in range(is_trained))
+        d_hidden, *d_projection = jax.lax.fori_loop(0, chunks.count, visit, start)
+        return d_hidden, *(gradient_over_rows(head, total) for total in d_projection)
+
+    scored, rows = slots.real.shape[1], _local_rows(head, slots)
+    out = (ROWS, PROJECTION) if is_trained else (ROWS,)
+    run = head.devices.local(of_part, (ROWS, ROWS, ROWS, VOCAB), out)
+    d_hidden, *d_projection = run(*(padded(x, rows, head.chunk) for x in (slots, known, cotangents)), weights)
+    return d_hidden[:, :scored], *d_projection

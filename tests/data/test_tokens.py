@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from daajax.data import tokens
 from daajax.data.tokens import UNLABELLED, Ids, concatenate, source_names
 from daajax.errors import UserError
 from tests.data import sets
+from tests.data.test_batches import random_examples, tokenized_data
 
 PAIR = {"prompt": "the dog", "chosen": " saw a cat", "rejected": " was sad"}
 
@@ -129,3 +131,11 @@ def test_joined_ids_are_those_of_the_sources_behind_their_names():
 )
 def test_sources_have_short_names_of_their_own(addresses, names):
     assert source_names(addresses) == names
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 1000])
+def test_scored_tokens_are_counted_however_many_responses_are_looked_at_in_one_go(monkeypatch, at_once):
+    examples = random_examples(30, responses=3, ragged=True)
+    monkeypatch.setattr(tokens, "_AT_ONCE", at_once)
+    expected = [[sum(mask) for mask in example.scored] for example in examples]
+    assert tokenized_data(examples).scored_lengths().tolist() == expected

@@ -7,7 +7,7 @@ each is a change of its input, and zero.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from jaxtyping import Array
 
 from daajax.loss import Sums, sums_of
 from daajax.losses.terms import Needs
-from daajax.ops import head
+from daajax.ops.devices import ONE_DEVICE
+from daajax.ops.head import token_statistics
+from daajax.ops.logits import Head
+from daajax.ops.statistics import STATISTICS, Distributions, Normalizer
 
 SIDES = ("chosen", "rejected")
 Arrays = Mapping[str, Array]
@@ -265,24 +268,25 @@ def _of_logits(policy: Array, reference: Array, targets: Array) -> dict[str, Arr
     names = ("logps", "kl")
     if policy.dtype == jnp.float32:
         identity = jnp.eye(policy.shape[1], dtype=policy.dtype)
-        return head.token_statistics(
-            policy,
+        found = token_statistics(
+            Head(names),
+            policy[None],
             identity,
-            targets,
-            jnp.int32(len(targets)),
-            names=names,
-            reference_hidden=reference,
-            reference_projection=identity,
+            targets[None],
+            jnp.ones((1, len(targets)), bool),
+            reference[None],
+            identity,
         )
+        return {name: values[0] for name, values in found.items()}
     return {name: _statistic(name, policy, reference, targets) for name in names}
 
 
 def _statistic(name: str, policy: Array, reference: Array, targets: Array) -> Array:
     """A statistic of the head's table with the table's derivative."""
-    value_of, derivative_of = head.STATISTICS[name]
+    value_of, derivative_of = STATISTICS[name]
 
-    def of(policy: Array) -> Any:
-        return head._Logits(jax.nn.log_softmax(policy), targets, jax.nn.log_softmax(reference))
+    def of(policy: Array) -> Distributions:
+        return Distributions(policy, Normalizer.of(policy, ONE_DEVICE), targets, jax.nn.log_softmax(reference))
 
     @jax.custom_vjp
     def statistic(policy: Array) -> Array:

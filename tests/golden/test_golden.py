@@ -16,7 +16,14 @@ def cases_of(path):
     return [case for case in read(path) if isinstance(case, Case)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+# Those that compile for more than 8 s.
+LONG = ("alphapo", "bco", "aot", "dpo_plackett_luce", "online_dpo", "ld_dpo")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONG else ()) for path in FILES],
+)
 def test_numbers_are_those_of_published_code(path):
     verdicts = list(check.check_file(path))
     assert [verdict.outcome for verdict in verdicts] == ["passed"] * len(cases_of(path)), "\n".join(

@@ -12,6 +12,7 @@ from daajax.models import decoder, rope
 from daajax.models.architecture import Norm, Rope, for_length
 from daajax.models.families import architecture_of as architecture_from
 from daajax.models.parameters import is_decayed, parameter_count
+from daajax.models.remat import REMAT
 from daajax.ops import attention, experts
 from tests.oracle import make_values as oracle
 
@@ -189,7 +190,7 @@ def test_rotation_is_a_complex_product_of_features_half_a_head_apart():
 # ---------------------------------------------------------------------- the whole
 
 
-@pytest.mark.parametrize("name", ["llama31", "head_dim"])
+@pytest.mark.parametrize("name", [pytest.param("llama31", marks=pytest.mark.slow), "head_dim"])
 def test_the_scan_over_layers_is_a_loop_over_decoder_layer(name):
     model = model_of(name)
     params = drawn(model)
@@ -211,7 +212,7 @@ def test_what_the_backward_pass_recomputes_changes_neither_values_nor_gradients(
     tokens, positions, mask = rows()
     weights = jnp.asarray(oracle.uniform(2 * 24 * 32, 5).reshape(2, 24, 32) - 0.5, jnp.float32)
     results = {}
-    for remat in decoder.REMAT:
+    for remat in REMAT:
         model = model_of("llama31", remat=remat)
 
         def weighted(params, model=model):

@@ -94,34 +94,39 @@ def assert_gradients(gradients, expected, scorer):
 @pytest.mark.parametrize(
     ("name", "mesh", "packed", "shared", "attention", "remat"),
     [
-        ("llama2", DATA, True, True, "blockwise", "none"),
         ("llama31", DATA, True, False, "blockwise", "dots"),
-        ("llama31", FSDP, True, True, "blockwise", "full"),
-        ("llama31", FSDP, False, True, "dense", "dots"),
-        ("head_dim", TENSOR, True, True, "dense", "none"),
-        ("head_dim", FSDP, False, False, "blockwise", "full"),
-        ("mistral", DATA, True, True, "blockwise", "none"),
-        ("mistral", TENSOR, False, False, "dense", "dots"),
-        ("biased_linear", TENSOR, True, True, "blockwise", "none"),
-        ("dynamic", DATA, True, True, "blockwise", "none"),
-        ("yarn", DATA, True, True, "blockwise", "none"),
-        ("ministral", FSDP, True, True, "blockwise", "dots"),
         ("mixtral", TENSOR, True, True, "blockwise", "none"),
-        ("qwen2", DATA, True, True, "dense", "none"),
-        ("qwen3", TENSOR, True, True, "blockwise", "none"),
-        ("qwen3_moe", FSDP, True, True, "blockwise", "full"),
-        ("gemma", DATA, True, True, "blockwise", "none"),
         ("gemma2", FSDP, True, True, "blockwise", "full"),
-        ("gemma2", TENSOR, True, False, "dense", "none"),
-        ("gemma3", TENSOR, True, True, "blockwise", "none"),
-        ("phi3_long", TENSOR, True, True, "blockwise", "none"),
-        ("phi3_short", FSDP, True, True, "blockwise", "none"),
-        ("olmo2", TENSOR, True, True, "blockwise", "none"),
-        ("smollm3", DATA, True, True, "blockwise", "none"),
-        ("nemotron", TENSOR, True, True, "blockwise", "none"),
-        ("gpt_neox", TENSOR, True, True, "blockwise", "none"),
-        ("gpt_neox_sequential", DATA, True, True, "blockwise", "none"),
         ("gpt2", TENSOR, True, True, "blockwise", "none"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # 8 s each, together minutes
+            for case in [
+                ("phi3_long", TENSOR, True, True, "blockwise", "none"),
+                ("qwen3", TENSOR, True, True, "blockwise", "none"),
+                ("head_dim", TENSOR, True, True, "dense", "none"),
+                ("llama2", DATA, True, True, "blockwise", "none"),
+                ("llama31", FSDP, True, True, "blockwise", "full"),
+                ("llama31", FSDP, False, True, "dense", "dots"),
+                ("head_dim", FSDP, False, False, "blockwise", "full"),
+                ("mistral", DATA, True, True, "blockwise", "none"),
+                ("mistral", TENSOR, False, False, "dense", "dots"),
+                ("biased_linear", TENSOR, True, True, "blockwise", "none"),
+                ("dynamic", DATA, True, True, "blockwise", "none"),
+                ("yarn", DATA, True, True, "blockwise", "none"),
+                ("ministral", FSDP, True, True, "blockwise", "dots"),
+                ("qwen2", DATA, True, True, "dense", "none"),
+                ("qwen3_moe", FSDP, True, True, "blockwise", "full"),
+                ("gemma", DATA, True, True, "blockwise", "none"),
+                ("gemma2", TENSOR, True, False, "dense", "none"),
+                ("gemma3", TENSOR, True, True, "blockwise", "none"),
+                ("phi3_short", FSDP, True, True, "blockwise", "none"),
+                ("olmo2", TENSOR, True, True, "blockwise", "none"),
+                ("smollm3", DATA, True, True, "blockwise", "none"),
+                ("nemotron", TENSOR, True, True, "blockwise", "none"),
+                ("gpt_neox", TENSOR, True, True, "blockwise", "none"),
+                ("gpt_neox_sequential", DATA, True, True, "blockwise", "none"),
+            ]
+        ),
     ],
 )
 def test_log_probs_and_gradients_are_those_of_transformers(tmp_path, name, mesh, packed, shared, attention, remat):
@@ -150,6 +155,7 @@ def test_log_probs_and_gradients_are_those_of_transformers(tmp_path, name, mesh,
     assert_gradients(gradients, expected["gradients"], scorer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("name", "mesh"), [("mixtral", DATA), ("qwen3_moe", TENSOR)])
 def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, name, mesh, shared):
