@@ -2,14 +2,16 @@
 
     make setup-trl && python -m benchmarks.against_trl      # on pairs that are made up
     DAAJAX_ASSETS=… python -m benchmarks.against_trl --data=hh --output=benchmarks/results/against_trl_hh.md
+    python -m benchmarks.against_trl --device=cuda --shape=llama-3.2-1b --data=feedback      # both on the same GPU
 
-Both train the same model directory in float32 with AdamW, a constant learning rate and gradients clipped to 1, on the
-same pairs in the order that daajax plans for an epoch; pairs longer than `--max_length` are left out, because the two
-would cut them differently. They are two processes on the same processors with the same allocator, and take turns: so
-many updates by one, as many by the other. If the losses of the first 5 updates differ by more than 1e-3, or stay so
-near the first one, ln 2, that this would show nothing, no speed is printed.
+Both train the same model directory with AdamW, a constant learning rate and gradients clipped to 1, on the same pairs
+in the order that daajax plans for an epoch; pairs longer than `--max_length` are left out, because the two would cut
+them differently. On a CPU they compute in float32; on a GPU in bfloat16, with parameters in float32. They are two
+processes on the same device with the same allocator, and take turns: so many updates by one, as many by the other. If
+the losses of the first 5 updates differ by more than `GATES` says (1e-3 in float32), or stay so near the first one,
+ln 2, that this would show nothing, no speed is printed.
 
-TRL is measured with its defaults and with whatever of its options may suit a CPU better: `VARIANTS`, one after the
+TRL is measured with its defaults and with whatever of its options may suit the device better: `VARIANTS`, one after the
 other, each for `--rounds` × `--updates` updates from the initial model, the first of which is not counted. It computes
 the reference anew in every update unless `precompute_ref_log_probs` is on; daajax scores it once. `cpu` seconds are
 those of all threads together, which another program on the machine disturbs less. TRL's defaults compute activations
@@ -30,19 +32,39 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import workloads
-from benchmarks.workers import RefusedError, Worker
+from benchmarks.workers import DiedError, RefusedError, Worker
 from daajax import command
 from daajax.errors import UserError
 from daajax.models.remat import REMAT
+from daajax.planning.shapes import SHAPES
 
 ROOT = pathlib.Path(__file__).parents[1]
-GATE, WITHIN = 5, 1e-3  # updates whose losses must agree, and how closely, nats
-MOVED = 20 * WITHIN  # by how much one of them must differ from the first, or two that agree would show nothing
+GATE = 5  # updates whose losses must agree
 LEARNING_RATE, TINY_LEARNING_RATE = 1e-4, 1e-2  # with the smaller, the losses of a tiny model do not move
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# JAX takes its part of a GPU's memory at the start; the other part is for PyTorch.
+ENVIRONMENTS = {"cpu": {"JAX_PLATFORMS": "cpu"}, "cuda": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.35"}}
+OUT_OF_MEMORY = "torch.OutOfMemoryError"
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+class Gate(NamedTuple):
+    """What losses must do before a speed is printed.
+
+    Attributes:
+        within: How closely those of two trainers must agree, nats.
+        moved: By how much one of them must differ from the first, or two that agree would show nothing.
+    """
+
+    within: float
+    moved: float
+
+
+# In bfloat16 a token's log-prob is off by 0.01 nats or so, and the mean loss of 16 pairs of hundreds of tokens as much.
+GATES = {"float32": Gate(1e-3, 20e-3), "bfloat16": Gate(25e-3, 80e-3)}
 
 WHOLE = {"gradient_checkpointing": False}
 PRECOMPUTED = {"precompute_ref_log_probs": True}
@@ -57,6 +79,7 @@ VARIANTS: dict[
     "… 1 pair at once": {**WHOLE, "at_once": 1},
     "… 1 pair at once, reference precomputed": {**WHOLE, **PRECOMPUTED, "at_once": 1},
 }
+LIGER = {"Liger's kernels": {"use_liger_kernel": True}}  # in Triton, for GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +88,7 @@ class Measured:
 
     Attributes:
         times: `wall` and `cpu` seconds by update, without the first.
-        peak: The most memory it ever had resident, bytes.
+        peak: The most memory it ever had, bytes: resident, or of the GPU.
         before: The most by stage, ahead of the updates.
         first: Wall seconds of the first update.
         reference: `wall` seconds of the pass over the reference of `passed` pairs; None where there was none.
@@ -94,29 +117,29 @@ class Measured:
         return passes + self.median("wall") * (pairs // batch_size)
 
 
-def check_losses(ours: Sequence[float], theirs: Sequence[float], what: str) -> float:
+def check_losses(ours: Sequence[float], theirs: Sequence[float], what: str, gate: Gate = GATES["float32"]) -> float:
     """Compares the first losses; returns by how much they differ at most, nats.
 
     Raises:
-        UserError: If that is more than `WITHIN`, there are fewer than `GATE`, or none differs from the first by more
-            than `MOVED`: then no speed means anything.
+        UserError: If that is more than the gate allows, there are fewer than `GATE`, or none differs from the first
+            by as much as it asks for: then no speed means anything.
     """
     ours, theirs = ours[:GATE], theirs[:GATE]
     if len(ours) < GATE or len(theirs) < GATE:
         raise UserError(f"{what}: {len(ours)} and {len(theirs)} losses to compare, {GATE} are needed.")
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     worst = max(differences, key=lambda difference: (math.isnan(difference), difference))
-    if not worst <= WITHIN:
+    if not worst <= gate.within:
         lines = ", ".join(f"{a:.6f} and {b:.6f}" for a, b in zip(ours, theirs, strict=True))
         raise UserError(
-            f"{what}: the losses of the first {GATE} updates differ by {worst:.2g}, allowed is {WITHIN:g} "
+            f"{what}: the losses of the first {GATE} updates differ by {worst:.2g}, allowed is {gate.within:g} "
             f"(daajax and TRL: {lines}); the two do not compute the same, and no speed is printed."
         )
     moved = max(abs(loss - ours[0]) for loss in ours)
-    if not moved > MOVED:
+    if not moved > gate.moved:
         raise UserError(
             f"{what}: the losses of the first {GATE} updates agree, but all are within {moved:.2g} of the first; one "
-            f"must be more than {MOVED:g} away to tell two trainers apart; give a higher --learning_rate."
+            f"must be more than {gate.moved:g} away to tell two trainers apart; give a higher --learning_rate."
         )
     return worst
 
@@ -126,7 +149,8 @@ def check_losses(ours: Sequence[float], theirs: Sequence[float], what: str) -> f
 
 def start_daajax(given: argparse.Namespace, work: workloads.Workload, folder: pathlib.Path) -> Worker:
     """Starts daajax's worker; its first answer is the plan."""
-    options = {name: getattr(given, name) for name in ("batch_size", "max_length", "learning_rate", "beta", "remat")}
+    names = ("batch_size", "max_length", "learning_rate", "beta", "remat")
+    options = {name: getattr(given, name) for name in names} | {"dtype": DTYPES[given.device], "set": given.option}
     told = dict(
         model=str(work.model.resolve()),
         pairs=str(work.pairs.resolve()),
@@ -135,7 +159,7 @@ def start_daajax(given: argparse.Namespace, work: workloads.Workload, folder: pa
         options=options,
     )
     line = [sys.executable, "-m", "benchmarks.daajax_worker", json.dumps(told)]
-    return Worker(line, folder / "daajax.log", cwd=ROOT, environment=MALLOC | {"JAX_PLATFORMS": "cpu"})
+    return Worker(line, folder / "daajax.log", cwd=ROOT, environment=MALLOC | ENVIRONMENTS[given.device])
 
 
 def start_trl(
@@ -154,6 +178,8 @@ def start_trl(
         "adam_epsilon": 1e-8,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
+        "use_cpu": given.device == "cpu",
+        "bf16": DTYPES[given.device] == "bfloat16",
         **{name: value for name, value in variant.items() if name != "at_once"},
     }
     told = dict(
@@ -174,8 +200,9 @@ class Comparison:
 
     def __init__(self, given: argparse.Namespace, folder: pathlib.Path):
         self.given, self.folder = given, folder
-        self.work = workloads.make(given.data, given.model, folder, tiny=given.tiny)
+        self.work = workloads.make(given.data, given.model, folder, tiny=given.tiny, shape=given.shape)
         self._daajax = start_daajax(given, self.work, folder)
+        self._gate = GATES[DTYPES[given.device]]
         self._times: list[dict[str, float]] = []
         self._losses: list[float] = []
         self.versions: dict[str, str] = {}
@@ -185,7 +212,7 @@ class Comparison:
         """Plans, writes the pairs in the plan's order, compiles, and scores the reference."""
         planned = self._daajax.answer()
         self.versions |= planned["versions"]
-        self.layout, self.attention = planned["layout"], planned["attention"]
+        self.layout, self.attention, self.device = planned["layout"], planned["attention"], planned["device"]
         self.epoch = planned["updates"] * self.given.batch_size
         self.left_out = len(self.work.rows) - planned["examples"]
         self.passed = len(planned["order"]) * self.given.batch_size
@@ -204,7 +231,7 @@ class Comparison:
             for _ in range(self.given.rounds):
                 times += self._said(f"TRL, {name}", theirs.update(self.given.updates), losses)
                 self._times += self._said("daajax", self._daajax.update(self.given.updates), self._losses)
-            self.apart = max(self.apart, check_losses(self._losses, losses, f"TRL, {name}"))
+            self.apart = max(self.apart, check_losses(self._losses, losses, f"TRL, {name}", self._gate))
             peak = theirs.end()
         finally:
             theirs.kill()
@@ -253,7 +280,7 @@ def table(ours: Measured, theirs: Mapping[str, Measured], *, epoch: int, batch_s
     """
     columns = {
         "s an update": (2, lambda side: side.median("wall")),
-        "cpu s": (2, lambda side: side.median("cpu")),
+        "cpu s": (2, lambda side: side.median("cpu")),  # also of a GPU's host
         "pairs a second": (2, lambda side: batch_size / side.median("wall")),
         "s an epoch": (0, lambda side: side.epoch(epoch, batch_size)),
         "peak MiB": (0, lambda side: side.peak / 2**20),
@@ -270,39 +297,52 @@ def table(ours: Measured, theirs: Mapping[str, Measured], *, epoch: int, batch_s
     return lines
 
 
-def divides(name: str, batch_size: int) -> bool:
+def variants_on(device: str) -> dict[str, dict[str, Any]]:
+    """Those that serve there."""
+    return VARIANTS | LIGER if device == "cuda" else VARIANTS
+
+
+def divides(variant: Mapping[str, Any], batch_size: int) -> bool:
     """Whether an update can be made of the pairs that a variant pads together."""
-    return batch_size % VARIANTS[name].get("at_once", 1) == 0
+    return batch_size % variant.get("at_once", 1) == 0
 
 
 def compare(given: argparse.Namespace, folder: pathlib.Path) -> list[str]:
     """Runs it all; the lines of the result."""
-    run, found = Comparison(given, folder), {}
+    run, found, there = Comparison(given, folder), {}, variants_on(given.device)
+    too_large: list[str] = []
     try:
         run.prepare()
-        left_out = [] if given.variants else [name for name in VARIANTS if not divides(name, given.batch_size)]
-        for name in given.variants or VARIANTS:
+        left_out = [] if given.variants else [name for name in there if not divides(there[name], given.batch_size)]
+        for name in given.variants or there:
             if name not in left_out:
-                found[name] = run.take_turns(name, VARIANTS[name])
+                try:
+                    found[name] = run.take_turns(name, there[name])
+                except DiedError as error:
+                    if OUT_OF_MEMORY not in str(error):
+                        raise
+                    too_large.append(name)
         ours = run.end()
     except RefusedError as refused:
         raise UserError(str(refused)) from None
     finally:
         run.kill()
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    where = machine() if given.device == "cpu" else f"{run.device}, {machine()}"
     measured = given.rounds * given.updates
     how = "all of it" if run.passed == run.epoch else f"from the medians, and the reference of {run.passed} pairs"
     compiling = [run.prepared["compiled"]["wall"], run.prepared["reference"]["compiling"]]
     return [
         f"# daajax and TRL: {run.work.name}",
         "",
-        f"{time.strftime('%Y-%m-%d')}; {machine()}; Python {platform.python_version()}, {versions}.",
+        f"{time.strftime('%Y-%m-%d')}; {where}; Python {platform.python_version()}, {versions}.",
         f"`python -m benchmarks.against_trl {shlex.join(sys.argv[1:])}`",
         "",
         *table(ours, found, epoch=run.epoch, batch_size=given.batch_size),
         "",
         *([f"Not run, {given.batch_size} pairs do not divide: {'; '.join(left_out)}.", ""] if left_out else []),
-        f"float32, {given.batch_size} pairs an update, max_length {given.max_length} ({run.left_out} of "
+        *([f"TRL ran out of the GPU's memory beside daajax: {'; '.join(too_large)}.", ""] if too_large else []),
+        f"{DTYPES[given.device]}, {given.batch_size} pairs an update, max_length {given.max_length} ({run.left_out} of "
         f"{len(run.work.rows)} pairs are longer and left out). Medians of {measured - 1} updates, daajax's of all that "
         f"it did meanwhile. An epoch has {run.epoch} pairs and the scoring of the reference, {how}. Losses of the "
         f"first {GATE} updates agree to {run.apart:.1g}.",
@@ -322,8 +362,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: If they do not fit together, or there is no TRL.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against_trl")
-    parser.add_argument("--data", default="made", help=f"made, {', '.join(workloads.ASSETS)}, or a JSONL file")
-    parser.add_argument("--model", help="model directory; not given: a random Llama of 10M parameters is made")
+    made = ", ".join([*workloads.MADE, *workloads.ASSETS])
+    parser.add_argument("--device", choices=ENVIRONMENTS, default="cpu")
+    parser.add_argument("--data", default="made", help=f"{made}, or a JSONL file")
+    parser.add_argument("--model", help="model directory; not given: a random Llama is made")
+    parser.add_argument("--shape", choices=SHAPES, help="of the Llama that is made; not given: 10M parameters")
     parser.add_argument("--tiny", action="store_true", help="make a smaller model and fewer pairs")
     for name, default in dict(batch_size=16, max_length=1024, updates=2, rounds=4).items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -331,7 +374,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--remat", default="none", choices=REMAT, help="daajax's; TRL's defaults have checkpointing")
     parser.add_argument("--threads", type=int, help="processors for both; not given: all")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of TRL's options; not given: all")
+    parser.add_argument("--option", action="append", default=[], help="of daajax's run: packing.row_length=2048, …")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS | LIGER, help="of TRL's options; not given: all")
     parser.add_argument("--python", type=pathlib.Path, default=ROOT / ".venv-trl/bin/python", help="one that has TRL")
     parser.add_argument("--output", type=pathlib.Path, help="file for the result, beside the standard output")
     given = parser.parse_args(argv)
@@ -343,9 +387,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     if given.threads is not None and not 1 <= given.threads <= cores:
         raise UserError(f"--threads={given.threads} must be from 1 to {cores}, the cores that there are.")
-    if wrong := [name for name in given.variants or () if not divides(name, given.batch_size)]:
+    if given.shape and given.model:
         raise UserError(
-            f"--variants {wrong[0]!r} pads {VARIANTS[wrong[0]]['at_once']} pairs together, which do not divide "
+            f"--shape={given.shape} is of a model that is made, and --model={given.model} is given; drop one."
+        )
+    there = variants_on(given.device)
+    if lacking := [name for name in given.variants or () if name not in there]:
+        raise UserError(f"--variants {lacking[0]!r} needs --device=cuda.")
+    if wrong := [name for name in given.variants or () if not divides(there[name], given.batch_size)]:
+        raise UserError(
+            f"--variants {wrong[0]!r} pads {there[wrong[0]]['at_once']} pairs together, which do not divide "
             f"--batch_size={given.batch_size}; take a multiple, or leave the variant out."
         )
     if given.rounds * given.updates < GATE:

@@ -3,10 +3,9 @@
     python -m benchmarks.daajax_worker JSON
 
 JSON: `model` and `pairs`, paths; `folder` for its caches; `updates` to go round in, None: the whole epoch; `options`:
-`batch_size`, `max_length`, `learning_rate`, `beta`, `remat`.
+`batch_size`, `max_length`, `learning_rate`, `beta`, `remat`, `dtype`, and others of a run by name, `set`.
 """
 
-import collections
 import dataclasses
 import json
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.memory import set_options
 from benchmarks.workers import Parent, Stopwatch, peak
 from configs import base
 from daajax import inputs, policy, run, sharding, step
@@ -32,7 +32,7 @@ def make_config(given: dict[str, Any]) -> Config:
     options = given["options"]
     config = base.get_config()
     config.model.path, config.data.path = given["model"], given["pairs"]
-    config.model.dtype = "float32"
+    config.model.dtype = options["dtype"]
     config.data.truncation = "drop"  # the two would cut differently
     config.data.cache_dir, config.reference.cache_dir = f"{given['folder']}/tokens", f"{given['folder']}/reference"
     config.max_length, config.batch_size, config.epochs = options["max_length"], options["batch_size"], 1.0
@@ -40,7 +40,13 @@ def make_config(given: dict[str, Any]) -> Config:
     config.optimizer.learning_rate, config.optimizer.schedule = options["learning_rate"], "constant"
     config.optimizer.b1, config.optimizer.b2, config.optimizer.eps = 0.9, 0.999, 1e-8
     config.optimizer.weight_decay, config.optimizer.max_grad_norm = 0.0, 1.0
+    set_options(config, options["set"])
     return resolve(config)
+
+
+def most() -> int:
+    """The most memory that this process ever had, bytes: of its device, or resident where that is the machine's."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak()
 
 
 def beginning(plan: Plan, updates: int) -> Plan:
@@ -89,7 +95,8 @@ def work(parent: Parent, given: dict[str, Any]) -> None:
         examples=len(data.weights),
         layout=whole.report(),
         attention=scorer.attention.name,
-        peak=peak(),
+        device=jax.devices()[0].device_kind,
+        peak=most(),
         versions={"jax": jax.__version__},
     )
     parent.next()
@@ -99,12 +106,12 @@ def work(parent: Parent, given: dict[str, Any]) -> None:
     unknown = {name: np.zeros(len(data.tokens), np.float32) for name in Needs.of(terms).of_reference}
     shaped = inputs.make_batches(config, data, plan, unknown, terms)[0]
     update.compile(shaped, keys=plan.shape(0).keys)
-    compiled = watch.read() | {"peak": peak()}
+    compiled = watch.read() | {"peak": most()}
     params = policy.load_initial_params(config, scorer, mesh)
     compilation.read()
     watch.read()
     reference = run.load_reference(config, [(data, plan)], scorer, scorer, params, terms, mesh)
-    scored = watch.read() | {"compiling": compilation.read(), "peak": peak()}
+    scored = watch.read() | {"compiling": compilation.read(), "peak": most()}
     batches = inputs.make_batches(config, data, plan, reference.columns[0], terms)
     state = step.init_state(params, update.optimizer, sharding.homes(update.state), terms)
     del params
@@ -112,23 +119,23 @@ def work(parent: Parent, given: dict[str, Any]) -> None:
 
     done = 0
     while (command := parent.next())["do"] == "update":
-        queued: collections.deque[jax.Array] = collections.deque()
-        times, found = [], []
-        watch.read()
-        for t in range(done, done + command["count"]):
-            at = t % plan.updates
-            state, logged = update(state, sharding.place(mesh, batches[at]), NOTHING, keys=plan.shape(at).keys)
-            queued.append(logged["loss"])
-            found.append(logged["loss"])
-            if len(queued) > IN_FLIGHT:
-                queued.popleft().block_until_ready()
-                times.append(watch.read())
-        for loss in queued:
-            loss.block_until_ready()
-            times.append(watch.read())
-        done += command["count"]
+        times, found, until = [], [], done + command["count"]
+        # Those that are queued end when they like: each is given its share of their time. The first one is apart.
+        for begin, end in ((0, 1), (1, until)) if done == 0 else ((done, until),):
+            if begin == end:
+                continue
+            watch.read()
+            for t in range(begin, end):
+                at = t % plan.updates
+                state, logged = update(state, sharding.place(mesh, batches[at]), NOTHING, keys=plan.shape(at).keys)
+                found.append(logged["loss"])
+                if t - begin >= IN_FLIGHT:
+                    found[-1 - IN_FLIGHT].block_until_ready()
+            jax.block_until_ready(found)
+            times += [{clock: seconds / (end - begin) for clock, seconds in watch.read().items()}] * (end - begin)
+        done = until
         parent.tell(times=times, losses=[float(loss) for loss in found])
-    parent.tell(peak=peak())
+    parent.tell(peak=most())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ base, else everything. Nothing is timed: without the chips there is no tuning of
 
 import argparse
 import ast
+import functools
 import json
 import pathlib
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 
 from configs import base
-from daajax.config import losses, resolve
+from daajax.config import Config, losses, resolve
 from daajax.data.tokens import TokenizedData
 from daajax.losses.terms import bind
 from daajax.models.families import architecture_of
@@ -63,6 +64,15 @@ def make_data(pairs: int, length: int) -> TokenizedData:
     return assumed.make_data((length - 2 * response, response, response), pairs)
 
 
+def set_options(config: Config, options: Sequence[str]) -> None:
+    """Sets options of a run, each as `optimizer.offload=True`; text is written as it is."""
+    for option in options:
+        name, _, value = option.partition("=")
+        *groups, last = name.split(".")
+        is_text = functools.reduce(lambda group, key: group[key], groups, config).get_type(last) is str
+        config.update_from_flattened_dict({name: value if is_text else ast.literal_eval(value)})
+
+
 def lower(
     chips: str,
     *,
@@ -86,9 +96,7 @@ def lower(
     config.attention = attention
     config.max_length, config.batch_size = length // 4, 4 * rows * len(topology.devices)
     config.packing.row_length = str(length)
-    for option in options:
-        name, _, value = option.partition("=")
-        config.update_from_flattened_dict({name: ast.literal_eval(value)})
+    set_options(config, options)
     config = resolve(config)
     terms, architecture = bind(losses(config)), architecture_of(MODELS[model])
     data = make_data(config.batch_size, length // 4)

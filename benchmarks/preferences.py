@@ -8,17 +8,22 @@ MIXES = {  # median and spread (of the logarithm) of prompt and response lengths
     "stories": ((57, 0.25), (262, 0.25), 512),
     "dialogue": ((200, 0.8), (110, 0.9), 512),
 }
+GOALS = {  # likewise: about the means of UltraFeedback, of hh, and of long prompts under a Llama tokenizer
+    "feedback": ((185, 0.4), (285, 0.4), 2048),
+    "short": ((130, 0.4), (55, 0.4), 512),
+    "long": ((1850, 0.4), (275, 0.4), 4096),
+}
 
 
 def make_data(mix: str, *, examples: int, seed: int) -> TokenizedData:
     """Random token ids with log-normal lengths.
 
     Args:
-        mix: Key of `MIXES`.
+        mix: Key of `MIXES` or `GOALS`.
         examples: Pairs.
         seed: Of the lengths and ids.
     """
-    prompt, response, longest = MIXES[mix]
+    prompt, response, longest = (MIXES | GOALS)[mix]
     random = np.random.default_rng(seed)
 
     def draw(median: float, spread: float, most: np.ndarray | int) -> np.ndarray:

@@ -53,6 +53,8 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Reads the clock; answers and waits where as much is done as was asked."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._times.append(self._watch.read())
         self._left -= 1
         if self._left == 0:
@@ -72,6 +74,11 @@ class Turns(TrainerCallback):
         self._watch.read()
 
 
+def most() -> int:
+    """The most memory that this process ever had, bytes: of its GPU, or resident."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else peak()
+
+
 def main() -> None:
     """Trains as told."""
     parent, given = Parent(), json.loads(sys.argv[1])
@@ -85,8 +92,6 @@ def main() -> None:
             max_steps=1_000_000,  # the parent says when it is enough; the same updates come round again
             train_sampling_strategy="sequential",
             lr_scheduler_type="constant",
-            bf16=False,
-            use_cpu=True,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -105,11 +110,11 @@ def main() -> None:
         trainer.add_callback(Turns(parent, trainer.losses, config.gradient_accumulation_steps))
         parent.tell(
             reference=trainer.reference,
-            peak=peak(),
+            peak=most(),
             versions={module.__name__: module.__version__ for module in (trl, torch, transformers)},
         )
         trainer.train()
-        parent.tell(peak=peak())
+        parent.tell(peak=most())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ class RefusedError(Exception):
     """What a worker says that its user can mend, in one line."""
 
 
+class DiedError(Exception):
+    """A worker's end without an answer, with what it printed last."""
+
+
 class Worker:
     """A worker as its parent sees it.
 
@@ -49,13 +53,13 @@ class Worker:
 
         Raises:
             RefusedError: If it refuses to go on.
-            RuntimeError: If it ends without one; what it printed last is shown.
+            DiedError: If it ends without one; what it printed last is shown.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise RuntimeError(f"a worker ended with code {code}; its output:\n{self._log.read_text()[-TAIL:]}")
+            raise DiedError(f"a worker ended with code {code}; its output:\n{self._log.read_text()[-TAIL:]}")
         answer = json.loads(line)
         if "refused" in answer:
             raise RefusedError(answer["refused"])

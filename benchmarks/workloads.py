@@ -9,12 +9,14 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from daajax.errors import UserError
+from daajax.planning.shapes import SHAPES
 
 Row = dict[str, str]
 
@@ -38,8 +40,10 @@ ARCHITECTURE = {  # 10 million parameters
     "initializer_range": 0.02,
     "torch_dtype": "float32",
 }
-# Median and spread (of the logarithm) in words; those of hh under GPT-2's tokenizer are 115 and 53 tokens.
-PROMPT, RESPONSE = (100, 0.83), (46, 0.86)
+# Median and spread (of the logarithm) of prompts and responses in words. Those of hh under GPT-2's tokenizer are 115
+# and 53 tokens; UltraFeedback's means under Llama's are about 200 and 310.
+MADE = {"made": ((100, 0.83), (46, 0.86)), "feedback": ((150, 0.4), (235, 0.4))}
+LARGEST_TOKENIZER = 16384  # tokens that are learned from the pairs, however many the model has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +56,32 @@ class Workload:
     rows: Sequence[Row]
 
 
-def make(data: str, model: str | None, folder: pathlib.Path, *, tiny: bool = False) -> Workload:
+def make(
+    data: str, model: str | None, folder: pathlib.Path, *, tiny: bool = False, shape: str | None = None
+) -> Workload:
     """Reads or makes pairs and model.
 
     Args:
-        data: `made`, a key of `ASSETS`, or a JSONL file with text in `FIELDS`.
+        data: A key of `MADE` or `ASSETS`, or a JSONL file with text in `FIELDS`.
         model: A model directory; None makes one, in `folder`, with a tokenizer trained on the pairs.
         folder: Where what is made is written.
         tiny: Makes less of both, for tests.
+        shape: Of the model that is made, a key of `daajax.planning.shapes.SHAPES`; None: `ARCHITECTURE`.
 
     Raises:
         UserError: If the data are not there or not such pairs.
     """
-    rows = made_rows(64 if tiny else 2000, tiny=tiny) if data == "made" else read_rows(data)
+    rows = made_rows(64 if tiny else 2000, *MADE[data], tiny=tiny) if data in MADE else read_rows(data)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = write_rows(folder / "pairs.jsonl", [{"id": str(line), **row} for line, row in enumerate(rows)])
     if model is None:
-        changes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-        make_model(folder / "model", (row[name] for row in rows for name in FIELDS), **(changes if tiny else {}))
-    name = f"{pathlib.Path(data).name}, {pathlib.Path(model).name if model else 'a random Llama'}"
-    return Workload(name, pathlib.Path(model) if model else folder / "model", pairs, rows)
+        small = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        changes = SHAPES[shape] if shape else small if tiny else {}
+        make_model(folder / "model", (row[name] for row in rows for name in FIELDS), **changes)
+    what = pathlib.Path(model).name if model else f"a random {shape or 'Llama'}"
+    return Workload(
+        f"{pathlib.Path(data).name}, {what}", pathlib.Path(model) if model else folder / "model", pairs, rows
+    )
 
 
 def read_rows(data: str) -> list[Row]:
@@ -86,7 +96,7 @@ def read_rows(data: str) -> list[Row]:
             raise UserError(f"--data={data} is found through the environment variable DAAJAX_ASSETS, which is not set.")
         path = pathlib.Path(os.environ["DAAJAX_ASSETS"]) / ASSETS[data]
     if not path.is_file():
-        raise UserError(f"--data={data}: there is no file {path}; name made, {', '.join(ASSETS)}, or a JSONL file.")
+        raise UserError(f"--data={data}: there is no file {path}; name {', '.join([*MADE, *ASSETS])}, or a JSONL file.")
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         rows = [json.loads(line) for line in lines]
     for line, row in enumerate(rows, 1):
@@ -95,8 +105,10 @@ def read_rows(data: str) -> list[Row]:
     return [{name: row[name] for name in FIELDS} for row in rows]
 
 
-def made_rows(count: int, *, tiny: bool = False) -> list[Row]:
-    """Pairs of made-up words, which follow Zipf's law."""
+def made_rows(
+    count: int, prompt: tuple[float, float], response: tuple[float, float], *, tiny: bool = False
+) -> list[Row]:
+    """Pairs of made-up words, which follow Zipf's law; lengths as in `MADE`."""
     random = np.random.default_rng(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words = [
@@ -111,7 +123,7 @@ def made_rows(count: int, *, tiny: bool = False) -> list[Row]:
         return " ".join(words[word] for word in drawn.tolist())
 
     return [
-        {"prompt": text(*PROMPT) + ":", "chosen": f" {text(*RESPONSE)}.", "rejected": f" {text(*RESPONSE)}."}
+        {"prompt": text(*prompt) + ":", "chosen": f" {text(*response)}.", "rejected": f" {text(*response)}."}
         for _ in range(count)
     ]
 
@@ -127,10 +139,10 @@ def in_order(rows: Sequence[Row], order: Iterable[Sequence[str]]) -> list[Row]:
     return [rows[int(name)] for window in order for name in window]
 
 
-def make_model(folder: pathlib.Path, texts: Iterable[str], **changes: int) -> None:
+def make_model(folder: pathlib.Path, texts: Iterable[str], **changes: Any) -> None:
     """Writes a Llama with random weights, and a byte-level BPE trained on texts, as a Hugging Face directory."""
     config = ARCHITECTURE | changes
-    bos, eos = make_tokenizer(folder, texts, config["vocab_size"])
+    bos, eos = make_tokenizer(folder, texts, min(config["vocab_size"], LARGEST_TOKENIZER))
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": bos, "eos_token_id": eos}))
     safetensors.numpy.save_file(random_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -162,6 +174,8 @@ def random_weights(config: dict) -> dict[str, np.ndarray]:
     hidden, mlp = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     shapes["model.norm.weight"] = (hidden,)
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
@@ -172,6 +186,6 @@ def random_weights(config: dict) -> dict[str, np.ndarray]:
         shapes[f"{at}mlp.down_proj.weight"] = (hidden, mlp)
     spread = config["initializer_range"]
     return {
-        name: np.ones(shape, np.float32) if len(shape) == 1 else random.normal(0, spread, shape).astype(np.float32)
+        name: np.ones(shape, np.float32) if len(shape) == 1 else spread * random.standard_normal(shape, np.float32)
         for name, shape in shapes.items()
     }

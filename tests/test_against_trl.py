@@ -8,11 +8,12 @@ import sys
 
 import jax
 import pytest
+import safetensors
 from tokenizers import Tokenizer
 
 from benchmarks import against_trl, daajax_worker, workloads
-from benchmarks.against_trl import Measured, check_losses, table
-from benchmarks.workers import RefusedError, Worker
+from benchmarks.against_trl import GATES, Measured, check_losses, table
+from benchmarks.workers import DiedError, RefusedError, Worker
 from daajax import inputs, sharding
 from daajax.config import losses
 from daajax.errors import UserError
@@ -21,7 +22,8 @@ from daajax.models.families import read_architecture
 from tests import worlds
 
 PYTHON = worlds.ROOT / ".venv-trl/bin/python"
-OPTIONS = {"batch_size": 4, "max_length": 96, "learning_rate": 1e-4, "beta": 0.1, "remat": "full"}
+OPTIONS = {"batch_size": 4, "max_length": 96, "learning_rate": 1e-4, "beta": 0.1, "remat": "full", "dtype": "float32"}
+OPTIONS["set"] = ["packing.row_length=512"]
 
 
 def measured(seconds, *, peak=2**30, reference=None, passed=0):
@@ -74,9 +76,18 @@ def test_losses_that_stay_where_they_began_show_nothing():
     assert check_losses([*still[:4], 0.672], [*still[:4], 0.672], "TRL") == 0
 
 
+def test_in_bfloat16_losses_agree_less_closely_and_must_move_further():
+    gate, theirs = GATES["bfloat16"], [0.69, 0.6, 0.57, 0.55, 0.524]
+    assert check_losses([*theirs[:4], 0.5], theirs, "TRL", gate) == pytest.approx(24e-3)
+    with pytest.raises(UserError, match=r"allowed is 0\.025 "):
+        check_losses([*theirs[:4], 0.5], [*theirs[:4], 0.526], "TRL", gate)
+    with pytest.raises(UserError, match=r"more than 0\.08 away"):
+        check_losses([0.69, *[0.62] * 4], [0.69, *[0.62] * 4], "TRL", gate)
+
+
 @pytest.mark.parametrize(("theirs", "agrees"), [(0.5004, True), (0.502, False)])
 def test_a_speed_is_printed_only_where_the_losses_agree(tmp_path, monkeypatch, capsys, theirs, agrees):
-    planned = {"versions": {"jax": "1"}, "layout": ["one row"], "attention": "dense"}
+    planned = {"versions": {"jax": "1"}, "layout": ["one row"], "attention": "dense", "device": "cpu"}
     planned |= {"order": [["3", "1"]] * 6, "updates": 32, "examples": 60, "peak": 1}
     ready = {"reference": {"wall": 6.0}, "versions": {"trl": "2"}, "peak": 1}
     monkeypatch.setattr(against_trl, "start_daajax", lambda *_: Scripted(planned, [0.6, *[0.5] * 5]))
@@ -100,6 +111,27 @@ def test_a_speed_is_printed_only_where_the_losses_agree(tmp_path, monkeypatch, c
     assert "\nNot run, 2 pairs do not divide: … 4 pairs at once.\n" in said
 
 
+def test_a_variant_that_runs_out_of_memory_is_said_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+    planned = {"versions": {"jax": "1"}, "layout": ["one row"], "attention": "cudnn", "device": "a GPU"}
+    planned |= {"order": [["3", "1"]] * 6, "updates": 32, "examples": 64, "peak": 1}
+    ready = {"reference": None, "versions": {"trl": "2"}, "peak": 1}
+
+    def start_trl(*given):
+        if given[-1] == against_trl.LIGER["Liger's kernels"]:
+            raise DiedError("a worker ended with code 1; its output:\ntorch.OutOfMemoryError: CUDA out of memory")
+        return Scripted(ready, [0.6, *[0.5] * 5])
+
+    monkeypatch.setattr(against_trl, "start_daajax", lambda *_: Scripted(planned, [0.6, *[0.5] * 5]))
+    monkeypatch.setattr(against_trl, "start_trl", start_trl)
+    line = ["", "--tiny", "--batch_size=2", "--updates=3", "--rounds=2", f"--python={sys.executable}", "--device=cuda"]
+    against_trl.main([*line, "--variants", "defaults", "Liger's kernels"])
+    said = capsys.readouterr().out
+    assert "| TRL, defaults | 1.00 (**1.0×**)" in said
+    assert "\nTRL ran out of the GPU's memory beside daajax: Liger's kernels.\n" in said
+    assert "; a GPU, " in said
+    assert "\nbfloat16, 2 pairs an update" in said
+
+
 def test_ratios_are_of_medians_and_an_epoch_has_its_reference_pass():
     ours = measured([1.0, 2.0, 9.0], peak=3 * 2**20, reference=10.0, passed=100)
     theirs, precomputed = measured([8.0, 20.0, 30.0], peak=9 * 2**20), measured([12.0], reference=50.0, passed=100)
@@ -118,7 +150,7 @@ def test_what_is_written_for_trl_is_the_plans_order(tmp_path):
     work = workloads.make("made", None, tmp_path, tiny=True)
     told = {"model": str(work.model), "pairs": str(work.pairs), "folder": str(tmp_path), "options": OPTIONS}
     config = daajax_worker.make_config(told)
-    assert config.remat == "full"
+    assert (config.remat, config.model.dtype, config.packing.row_length) == ("full", "float32", "512")
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.devices()[:1])
     architecture = read_architecture(config.model.path, length=config.max_length)
     data, whole = inputs.load_sets(config, architecture, bind(losses(config)), mesh)[0]
@@ -137,8 +169,20 @@ def test_what_is_written_for_trl_is_the_plans_order(tmp_path):
 
 
 def test_made_pairs_are_the_same_each_time():
-    assert workloads.made_rows(3) == workloads.made_rows(3)
-    assert all(row["chosen"].startswith(" ") and row["chosen"] != row["rejected"] for row in workloads.made_rows(3))
+    rows = workloads.made_rows(3, *workloads.MADE["made"])
+    assert rows == workloads.made_rows(3, *workloads.MADE["made"])
+    assert all(row["chosen"].startswith(" ") and row["chosen"] != row["rejected"] for row in rows)
+
+
+def test_a_model_is_made_in_a_published_shape(tmp_path, monkeypatch):
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, vocab_size=600)
+    monkeypatch.setitem(workloads.SHAPES, "small", workloads.SHAPES["llama-3.1-8b"] | small)
+    work = workloads.make("feedback", None, tmp_path, tiny=True, shape="small")
+    architecture = read_architecture(str(work.model), length=64)
+    assert (architecture.vocab_size, architecture.tie_word_embeddings) == (600, False)
+    assert architecture.kinds[0].rope is not None
+    with safetensors.safe_open(work.model / "model.safetensors", "numpy") as file:
+        assert file.get_tensor("lm_head.weight").std() == pytest.approx(0.02, rel=0.05)
 
 
 def test_data_that_are_not_there_or_no_pairs_are_refused(tmp_path, monkeypatch):
@@ -166,6 +210,11 @@ def test_data_that_are_not_there_or_no_pairs_are_refused(tmp_path, monkeypatch):
             ["--batch_size=6", "--variants", "… 4 pairs at once"],
             r"4 pairs together, which do not divide --batch_size=6;",
         ),
+        (
+            ["--shape=llama-3.2-1b", "--model=there"],
+            r"^--shape=llama-3\.2-1b is of a model that is made.*; drop one\.$",
+        ),
+        (["--variants", "Liger's kernels"], r"^--variants \"Liger's kernels\" needs --device=cuda\.$"),
     ],
 )
 def test_options_that_cannot_do_are_refused(flags, needed):
@@ -183,7 +232,7 @@ def test_a_tiny_model_is_trained_faster_unless_a_rate_is_given():
 def test_a_worker_that_falls_over_shows_what_it_printed(tmp_path):
     code = "import sys; sys.stderr.write('out of luck'); sys.exit(3)"
     worker = Worker([sys.executable, "-c", code], tmp_path / "log", cwd=tmp_path, environment={})
-    with pytest.raises(RuntimeError, match=r"code 3; its output:\nout of luck"):
+    with pytest.raises(DiedError, match=r"code 3; its output:\nout of luck"):
         worker.ask("update", count=1)
     worker.kill()
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention, factors, head, packing, scaling, workloads
+from benchmarks import attention, factors, head, limit, packing, scaling, workloads
 from daajax.errors import UserError
 
 # The ceiling's is in test_meters.py, that beside TRL in test_against_trl.py.
@@ -84,13 +84,41 @@ def test_planning_is_measured_by_the_example(monkeypatch, capsys):
 def test_techniques_are_switched_off_one_by_one(capsys):
     factors.main(["factors", "--tiny", "--pairs=4", "--max_length=256", "--repeats=1"])
     rows = table(capsys.readouterr().out)
-    assert [row["off"] for row in rows] == ["nothing", *list(factors.OFF)[1:], "all"]
+    assert [row["off"] for row in rows] == ["nothing", *list(factors.lines_on("cpu"))[1:]]
     assert numbers(rows[:1], "times as long", "FLOPs") == [[1, 1]]
     asked = dict(zip((row["off"] for row in rows), (flops for (flops,) in numbers(rows, "FLOPs")), strict=True))
     assert asked.pop("nothing") == 1
     assert asked.pop("head by row") == 1  # rows as short as these are never taken one by one
     assert min(asked.values()) > 1
     assert max(asked, key=asked.__getitem__) == "all"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("lora.rank=2",)])
+def test_an_update_is_held_against_the_least_arithmetic(monkeypatch, capsys, options):
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    monkeypatch.setitem(limit.SHAPES, "small", limit.SHAPES["llama-3.1-8b"] | small | {"num_key_value_heads": 2})
+    monkeypatch.setattr(limit, "SIZES", (64,))
+    monkeypatch.setitem(limit.GOALS, "tiny", ((20, 0.4), (10, 0.4), 64))
+    flags = ["--model=small", "--lengths=tiny", "--pairs=8", "--updates=4", "--option=model.dtype=float32"]
+    limit.main(["limit", *flags, *(f"--option={option}" for option in options)])
+    (row,) = table(capsys.readouterr().out)
+    ((reached, pairs, most),) = numbers([row | {"of the limit": row["of the limit"].strip("*% ")}], *SHARES)
+    assert reached == pytest.approx(100 * pairs / most, abs=1)
+    ((*shares, kernels),) = numbers([row], "head %", "remat %", "sharing %", "packing %", "kernels %")
+    assert all(0 < share <= 100 for share in shares)
+    assert kernels > 0
+    assert row["pairs in rows"].startswith("8 in 1 × 8 × ")
+
+
+SHARES = ("of the limit", "pairs/s a chip", "limit")
+
+
+def test_off_a_cpu_nothing_builds_a_mask():
+    cpu, gpu = ({name: dict(options) for name, options in factors.lines_on(on).items()} for on in ("cpu", "gpu"))
+    assert [options["attention"] for options in cpu.values() if "attention" in options] == ["dense"] * 2
+    assert [options["attention"] for options in gpu.values() if "attention" in options] == ["blockwise"] * 2
+    assert gpu["all"] == {key: value for options in gpu.values() for key, value in options.items()}
 
 
 # ---------------------------------------------------------------------- what differs is refused
