@@ -1,5 +1,6 @@
 """What every test runs under: eight CPU devices, shapes checked, compiled programs kept, no network."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -51,17 +52,32 @@ def forgotten():
     gc.collect()
 
 
-@pytest.fixture(autouse=True)
-def optimizations(request, monkeypatch):
-    """All optimizations of the compiler, for tests marked `optimized`, also in processes that they start."""
-    if request.node.get_closest_marker("optimized") is None:
+@contextlib.contextmanager
+def _optimized(is_asked):
+    """All optimizations of the compiler, where they are asked for, also in processes that are started meanwhile."""
+    before = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    if not is_asked or before is None:
         yield
         return
-    before = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = before
+    jax.config.update("jax_disable_most_optimizations", before == "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizations_of_module(request):
+    """Those of a module that is marked `optimized`, what its tests share included."""
+    with _optimized(any(mark.name == "optimized" for mark in request.node.iter_markers())):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def optimizations(request, optimizations_of_module):
+    """Those of a test that is marked `optimized`."""
+    with _optimized(request.node.get_closest_marker("optimized") is not None):
+        yield
 
 
 @pytest.fixture(scope="session")

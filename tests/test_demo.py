@@ -171,6 +171,7 @@ def test_a_command_that_fails_ends_the_demo_with_its_exit_code(capfd, program, c
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # its runs take longer than their compilation
 def test_the_demo_aligns_a_model(tmp_path):
     (tmp_path / "configs").symlink_to(worlds.ROOT / "configs")
     result = subprocess.run(

@@ -18,6 +18,8 @@ from daajax.models.families import read_architecture
 from daajax.reference import examples_of, responses_of
 from tests import worlds
 
+pytestmark = pytest.mark.optimized  # runs that take longer than their compilation
+
 
 def summed_logps(model, data, cache, *arguments, limit=None):
     """Log-probs of every response of a file under a model directory, `[examples, K]`, by the reference pass."""
