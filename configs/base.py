@@ -165,6 +165,8 @@ def get_config() -> Any:
     config.mesh.data = 1  # replicas of the model
     config.mesh.fsdp = -1  # parameters and optimizer state cut up, gathered a layer at a time
     config.mesh.tensor = 1  # heads and MLP cut up
+    # the length of rows cut up, for examples too long for one device; parameters are cut over it as over fsdp
+    config.mesh.context = 1
 
     # auto: the one for the platform, with why in the log; splash: a kernel for TPUs; cudnn: NVIDIA GPUs in bfloat16;
     # blockwise: plain XLA, anywhere; dense: builds the whole mask, the oracle. One that does not serve is an error

@@ -10,19 +10,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Int
 
 from daajax import sharding
+from daajax.data import parts
 from daajax.errors import UserError
 from daajax.models.architecture import Architecture
 from daajax.ops import attention, sequences
+from daajax.ops.attention import KeyLayout
 from daajax.ops.blockwise import blockwise
+from daajax.ops.devices import Devices
 
 Batch = Mapping[str, Array]
 See = Callable[
     [Batch, int], Any
 ]  # from a micro-batch and its gathered keys to what attention needs to know of the rows
 Attend = Callable[[Array, Array, Array, Any], Array]  # queries, keys, values, what `See` made -> output
+Order = Int[np.ndarray, " length"] | None  # which token of a row lies in each place; None: as they are counted
+
+_READ = ("segments", "branches", "positions")  # of a batch
+_ROWS, _QUERIES = ("rows",), ("rows", "length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +38,49 @@ class Attention:
     """One way to attend.
 
     Attributes:
-        make: From an architecture and the most tokens of a prompt with one response, if known, to its two functions.
-        lacks: From an architecture, a compute dtype and a device to why it does not serve there, with what to do.
+        make: From an architecture and the most tokens of a prompt with one response, if known, to two functions: from
+            whole rows, gathered keys and `Order` to what it needs to know of them, and the attention itself.
+        seen: Leading logical axes of what it needs to know; of a tree, a tree of them.
+        lacks: From an architecture, a compute dtype, a device and the devices that a row's length is cut over to why it
+            does not serve there, with what to do.
+        by_heads: Where a row's length is cut: whether devices exchange it for the heads, so that each has all tokens of
+            some heads. Otherwise each keeps its queries, and gathers keys and values.
     """
 
-    make: Callable[[Architecture, int | None], tuple[See, Attend]]
-    lacks: Callable[[Architecture, jax.typing.DTypeLike, Any], str | None] = lambda architecture, dtype, device: None
+    make: Callable[[Architecture, int | None], tuple[Callable[[Batch, int, Order], Any], Attend]]
+    seen: Any
+    lacks: Callable[[Architecture, jax.typing.DTypeLike, Any, Devices], str | None] = lambda *_: None
+    by_heads: bool = False
+
+
+def make(name: str, architecture: Architecture, devices: Devices, *, longest: int | None = None) -> tuple[See, Attend]:
+    """What attention needs to know of the rows of a batch, and attention itself, over devices.
+
+    Args:
+        name: Key of `ATTENTION`.
+        architecture: What the model computes.
+        devices: That rows, their length and heads are cut up over.
+        longest: Most tokens of a prompt with one response; None: as many as a row has.
+    """
+    way, cuts = ATTENTION[name], devices.parts("length")
+    see, attend = way.make(architecture, longest)
+
+    def see_rows(batch: Batch, keys: int) -> Any:
+        if cuts == 1:
+            return see(batch, keys, None)
+        order = parts.order(batch["segments"].shape[1], cuts)
+        # Every device has what is known of a row whole, and in the order of its tokens: a few numbers each.
+        whole = {name: devices.keep(batch[name], _ROWS)[:, np.argsort(order)] for name in _READ}
+        return see({**batch, **whole}, keys, order)
+
+    def attend_part(queries: Array, keys: Array, values: Array, seen: Any) -> Array:
+        if not way.by_heads:
+            return attend(queries, devices.gather(keys, "length", 1), devices.gather(values, "length", 1), seen)
+        queries, keys, values = (devices.exchange(x, "length", 2, 1) for x in (queries, keys, values))
+        return devices.exchange(attend(queries, keys, values, seen), "length", 1, 2)
+
+    queries, keys = ("rows", "length", "heads", "head_dim"), ("rows", "length", "kv_heads", "head_dim")
+    return see_rows, devices.local(attend_part, (queries, keys, keys, way.seen), queries)
 
 
 class Choice(NamedTuple):
@@ -62,8 +107,8 @@ def choose(name: str, architecture: Architecture, mesh: Any, dtype: jax.typing.D
     Raises:
         UserError: If it does not serve there.
     """
-    device = sharding.device_of(mesh)
-    lacking = {key: way.lacks(architecture, dtype, device) for key, way in ATTENTION.items()}
+    device, devices = sharding.device_of(mesh), sharding.MeshDevices(mesh)
+    lacking = {key: way.lacks(architecture, dtype, device, devices) for key, way in ATTENTION.items()}
     if name != "auto":
         if (lack := lacking[name]) is None:
             return Choice(name, "as asked for")
@@ -89,52 +134,62 @@ def see_kinds(architecture: Architecture, see: Callable[[int | None], Any]) -> A
     return jax.tree.map(lambda *values: jnp.stack(values), *(seen[window] for window in windows))
 
 
-def _gathered(attend: Callable[..., Array]) -> Callable[[Architecture, int | None], tuple[See, Attend]]:
+def _gathered(attend: Callable[..., Array]) -> Callable[[Architecture, int | None], tuple[Any, Attend]]:
     """Attention over gathered keys."""
 
-    def make(a: Architecture, longest: int | None) -> tuple[See, Attend]:
-        def see(batch: Batch, keys: int) -> Any:
+    def make(a: Architecture, longest: int | None) -> tuple[Any, Attend]:
+        def see(batch: Batch, keys: int, order: Order) -> Any:
             responses = batch["lengths"].shape[-1]
             layout = functools.partial(attention.key_layout, responses=responses, keys=keys)
-            return see_kinds(a, lambda window: layout(batch["segments"], batch["branches"], window=window))
+            rows = batch["segments"], batch["branches"]
+            return see_kinds(a, lambda window: _in_order(layout(*rows, window=window), order))
 
         return see, functools.partial(attend, scale=a.attention_scale, softcap=a.attn_logit_softcapping)
 
     return make
 
 
-def _masked(a: Architecture, longest: int | None) -> tuple[See, Attend]:
+def _in_order(layout: Any, order: Order) -> Any:
+    return layout if order is None else layout.reordered(order)
+
+
+def _masked(a: Architecture, longest: int | None) -> tuple[Any, Attend]:
     """Attention through the whole mask."""
 
-    def see(batch: Batch, keys: int) -> Any:
-        rows = (batch[name] for name in ("segments", "branches", "positions"))
-        return see_kinds(a, functools.partial(attention.visible, *rows))
+    def see(batch: Batch, keys: int, order: Order) -> Any:
+        segments, branches, positions = (batch[name] for name in _READ)
+
+        def mask(window: int | None) -> Array:
+            found = attention.visible(segments, branches, positions, window)
+            return found if order is None else found[:, order][:, :, order]
+
+        return see_kinds(a, mask)
 
     return see, functools.partial(attention.dense, scale=a.attention_scale, softcap=a.attn_logit_softcapping)
 
 
-def _sequences(a: Architecture, longest: int | None) -> tuple[See, Attend]:
+def _sequences(a: Architecture, longest: int | None) -> tuple[Any, Attend]:
     """Attention over sequences."""
     windows = tuple(dict.fromkeys(kind.sliding_window for kind in a.kinds))
 
-    def see(batch: Batch, keys: int) -> Any:
+    def see(batch: Batch, keys: int, order: Order) -> Any:
         slots, responses = batch["lengths"].shape[-2:]
         layout = functools.partial(sequences.sequences, slots=slots, responses=responses, keys=keys, longest=longest)
         rows = batch["segments"], batch["branches"]
-        return see_kinds(a, lambda window: layout(*rows, window=windows.index(window)))
+        return see_kinds(a, lambda window: _in_order(layout(*rows, window=windows.index(window)), order))
 
     return see, functools.partial(sequences.attend, scale=a.attention_scale, windows=windows)
 
 
-def _off_cpu(a: Architecture, dtype: jax.typing.DTypeLike, device: Any) -> str | None:
+def _off_cpu(a: Architecture, dtype: jax.typing.DTypeLike, device: Any, devices: Devices) -> str | None:
     return None if device.platform == "cpu" else f"builds the whole mask, on CPUs only, and this is a {device.platform}"
 
 
-def _off_tpu(a: Architecture, dtype: jax.typing.DTypeLike, device: Any) -> str | None:
+def _off_tpu(a: Architecture, dtype: jax.typing.DTypeLike, device: Any, devices: Devices) -> str | None:
     return None if device.platform == "tpu" else f"runs on TPUs only and this is a {device.platform}"
 
 
-def _off_cudnn(a: Architecture, dtype: jax.typing.DTypeLike, device: Any) -> str | None:
+def _off_cudnn(a: Architecture, dtype: jax.typing.DTypeLike, device: Any, devices: Devices) -> str | None:
     """What cuDNN's fused attention cannot do, as `jax.nn.dot_product_attention` has it."""
     if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
         return f"runs on NVIDIA GPUs only and this is a {device.platform}"
@@ -147,20 +202,29 @@ def _off_cudnn(a: Architecture, dtype: jax.typing.DTypeLike, device: Any) -> str
         )
     if a.attn_logit_softcapping is not None:
         return f"cannot cap scores, and this model caps them at {a.attn_logit_softcapping:g}"
+    heads, tensor, context = a.num_key_value_heads, devices.parts("kv_heads"), devices.parts("length")
+    if heads % (tensor * context):
+        return (
+            f"exchanges the length of rows for heads, and {heads} key-value heads do not divide over mesh.tensor="
+            f"{tensor} × mesh.context={context}"
+        )
     return None
 
 
-def _splash(a: Architecture, longest: int | None) -> tuple[See, Attend]:
+def _splash(a: Architecture, longest: int | None) -> tuple[Any, Attend]:
     from daajax.ops.splash import splash  # here: a second of imports that only TPUs need
 
     return _gathered(splash)(a, longest)
 
 
+_GATHERED = KeyLayout(_ROWS, _ROWS, _QUERIES, _QUERIES)  # pyright: ignore[reportArgumentType] - axes in place of arrays
+
 ATTENTION = {
-    "splash": Attention(_splash, _off_tpu),
-    "cudnn": Attention(_sequences, _off_cudnn),
-    "blockwise": Attention(_gathered(blockwise)),
-    "dense": Attention(_masked, _off_cpu),
+    "splash": Attention(_splash, _GATHERED, _off_tpu),
+    # It knows no queries that begin in the middle of their keys, so each device has all tokens of some heads.
+    "cudnn": Attention(_sequences, _ROWS, _off_cudnn, by_heads=True),
+    "blockwise": Attention(_gathered(blockwise), _GATHERED),
+    "dense": Attention(_masked, _QUERIES, _off_cpu),
 }
 
 FASTEST = {"tpu": "splash", "gpu": "cudnn"}  # by platform; elsewhere, and where it does not serve, blockwise

@@ -61,9 +61,17 @@ class Generator:
     Args:
         scorer: Made for the mesh; its attention reads the prompts.
         mesh: Where the parameters live.
+
+    Raises:
+        UserError: If the mesh cuts the length of rows.
     """
 
     def __init__(self, scorer: Scorer, mesh: Any):
+        if (parts := sharding.length_parts(mesh)) > 1:
+            raise UserError(
+                f"the mesh axis context cuts rows over {parts} devices, and sampling adds one token at a time to them; "
+                "use the axes data, fsdp and tensor."
+            )
         self.architecture: Architecture = scorer.model.architecture
         self._mesh = mesh
         self._reader, self._see = scorer.model, scorer.see

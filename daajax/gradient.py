@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from daajax import metrics
+from daajax import metrics, sharding
 from daajax.loss import Counts, Order, State, Sums, loss_of, router_loss, sums_of
 from daajax.losses.terms import Needs, Term
 from daajax.models import lora
@@ -95,7 +95,7 @@ def sums_under(
     batch, compared = _with_reference(live, batch, needs, keys)
     own = scorer.states(params, batch, keys=keys, routed=routed)
     found = scorer.statistics(own, batch, needs.statistics, reference=compared, is_frozen=is_frozen)
-    return sums_of(found, batch, needs), own.routing
+    return sums_of(found, batch, needs, sharding.MeshDevices(scorer.mesh)), own.routing
 
 
 def _with_reference(live: Live | None, batch: Batch, needs: Needs, keys: int) -> tuple[Batch, States | None]:

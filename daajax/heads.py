@@ -67,6 +67,7 @@ def choose(
     statistics = len(needs.statistics)
     logits = row_bytes(scored, vocab, MeshDevices(scorer.mesh).parts("vocab"))
     size = f"a row's logits, {logits / 2**30:.2g} GiB on a device,"
+    parts = MeshDevices(scorer.mesh).parts("length")
     coupled = [f"loss {term.name!r} couples the examples of an update" for term in terms if term.objective.coupled]
     if balances and micro_batches > 1:
         coupled.append("experts are balanced over several micro_batches")
@@ -80,6 +81,8 @@ def choose(
         "token": Choice("token", 3 + is_trained + twice, "it serves every loss and every size", both),
     }
     refused = {"frozen": "the vocabulary projection is trained" if is_trained else "", "row": "; ".join(coupled)}
+    if parts > 1:
+        refused["row"] = refused["row"] or f"no device has a whole row, mesh.context={parts} cuts each"
     if asked != "auto":
         if why := refused.get(asked):
             raise UserError(f"head={asked!r} does not do: {why}; set --config.head=auto.")

@@ -221,6 +221,7 @@ def pack(config: Config, order: np.ndarray, sizes: Sizes, mesh: Any, names: Sequ
         packing=config.packing.enabled,
         micro_batches=config.micro_batches,
         row_multiple=sharding.row_multiple(mesh),
+        parts=sharding.length_parts(mesh),
         rows=config.packing.rows,
         row_length=packing.parse_row_length(config.packing.row_length),
         shapes=config.packing.shapes,
@@ -256,6 +257,7 @@ def plan_sweep(
         packing=config.packing.enabled,
         micro_batches=config.micro_batches,
         row_multiple=sharding.row_multiple(mesh),
+        parts=sharding.length_parts(mesh),
     )
 
 

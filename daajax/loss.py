@@ -17,6 +17,7 @@ from daajax.losses.scores import Responses
 from daajax.losses.sums import SUMS, Tokens
 from daajax.losses.terms import Needs, Term
 from daajax.models.decoder import Routing
+from daajax.ops.devices import ONE_DEVICE, Devices
 from daajax.scoring import Batch, response_sums
 
 State = Mapping[str, Mapping[str, Float[Array, ""]]]  # what objectives keep from update to update, by the term's name
@@ -37,18 +38,21 @@ class Sums(NamedTuple):
     further: Mapping[str, Float[Array, "*axes responses"]] = {}
 
 
-def sums_of(statistics: Mapping[str, Float[Array, "rows scored"]], batch: Batch, needs: Needs) -> Sums:
+def sums_of(
+    statistics: Mapping[str, Float[Array, "rows scored"]], batch: Batch, needs: Needs, devices: Devices = ONE_DEVICE
+) -> Sums:
     """Sums one micro-batch's statistics of tokens.
 
     Args:
         statistics: The policy's, by key of `daajax.ops.statistics.STATISTICS`.
         batch: The micro-batch.
         needs: What the terms need.
+        devices: That its rows are cut up over.
     """
     _, slots, responses = batch["lengths"].shape
 
     def total(values: Array) -> Array:
-        return response_sums(values, batch["owners"], slots, responses)
+        return response_sums(values, batch["owners"], slots, responses, devices)
 
     logps = statistics["logps"]
     tokens = Tokens(

@@ -270,8 +270,7 @@ def lower_reference_pass(
         params = policy.at_start(config, params)
     if config.reference.mode == "adapter_off":
         params = lora.without(params)
-    rows = sharding.sharding(mesh, ("rows",))
-    shaped = sharding.abstract(part, dict.fromkeys(part, rows))
+    shaped = sharding.abstract(part, sharding.batch_shardings(mesh, part, ("rows",)))
     return make_reference_pass(config, reference_scorer, names).lower(params, shaped, keys=keys)
 
 

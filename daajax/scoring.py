@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int
 from daajax import attention as attentions
 from daajax import sharding
 from daajax.models.architecture import Architecture
-from daajax.models.decoder import Decoder, Params, Routing, projection, variables
+from daajax.models.decoder import Decoder, Params, Routing, joined, projection, variables
 from daajax.models.lora import Lora
 from daajax.ops import embedding, experts
+from daajax.ops.devices import ONE_DEVICE, Devices
 from daajax.ops.head import token_statistics
-from daajax.ops.logits import Head
+from daajax.ops.logits import ROWS, SLOTS, Head
 from daajax.ops.row_head import row_gradients
 from daajax.ops.slots import at_sources
 
@@ -74,14 +75,14 @@ class Scorer:
         """
         sharding.check_divides(mesh, "heads", architecture.num_attention_heads, "attention heads")
         sharding.check_divides(mesh, "kv_heads", architecture.num_key_value_heads, "key-value heads")
-        chosen = attentions.choose(attention, architecture, mesh, dtype)
-        see, attend = attentions.ATTENTION[chosen.name].make(architecture, longest)
-        queries, keys = ("rows", "length", "heads", "head_dim"), ("rows", "length", "kv_heads", "head_dim")
+        chosen, devices = attentions.choose(attention, architecture, mesh, dtype), sharding.MeshDevices(mesh)
+        see, attend = attentions.make(chosen.name, architecture, devices, longest=longest)
         model = Decoder(
             architecture,
-            attend=sharding.local(attend, mesh, (queries, keys, keys, ("rows",)), queries),
+            attend=attend,
             mix=functools.partial(_mix, mesh),
-            lookup=functools.partial(embedding.lookup, devices=sharding.MeshDevices(mesh)),
+            join=joined if devices.parts("length") == 1 else lambda x: x,
+            lookup=functools.partial(embedding.lookup, devices=devices),
             constrain=sharding.constrain(mesh, ("rows", "length", None)),
             dtype=dtype,
             param_dtype=param_dtype,
@@ -223,20 +224,39 @@ def _mix(mesh: Any, x: Array, chosen: Array, weights: Array, gate: Array, up: Ar
     def part(x, chosen, weights, gate, up, down, ids) -> Array:
         return experts.mix(x, chosen, weights, gate, up, down, act, ids)[None]
 
-    rows, own, ids = ("rows",), ("experts",), jnp.arange(len(gate), dtype=jnp.int32)
-    axes = (rows, rows, rows, own, own, own, own)
-    return sharding.local(part, mesh, axes, (*own, *rows))(x, chosen, weights, gate, up, down, ids).sum(axis=0)
+    tokens, own, ids = ("rows", "length"), ("experts",), jnp.arange(len(gate), dtype=jnp.int32)
+    axes = (tokens, tokens, tokens, own, own, own, own)
+    return sharding.local(part, mesh, axes, (*own, *tokens))(x, chosen, weights, gate, up, down, ids).sum(axis=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def response_sums(
-    values: Float[Array, "rows scored"], owners: Int[Array, "rows scored"], slots: int, responses: int
+    values: Float[Array, "rows scored"],
+    owners: Int[Array, "rows scored"],
+    slots: int,
+    responses: int,
+    devices: Devices = ONE_DEVICE,
 ) -> Float[Array, "rows slots responses"]:
     """Sums values over the scored tokens of each response.
 
     Masked sums of a chunk of tokens at a time instead of a scatter: their order is fixed, so the result is the same on
     every run and platform. The backward pass is a gather.
+
+    Args:
+        values: Of scored tokens.
+        owners: slot · responses + response of each; -1 for none.
+        slots: Examples of a row.
+        responses: K.
+        devices: That rows and their scored slots are cut up over: a response's tokens may lie on several.
     """
+
+    def of_part(values: Array, owners: Array) -> Array:
+        return devices.sum(_sums_of_part(values, owners, slots, responses), "scored")
+
+    return devices.local(of_part, (SLOTS, SLOTS), ROWS)(values, owners)
+
+
+def _sums_of_part(values: Array, owners: Array, slots: int, responses: int) -> Array:
     rows, scored = values.shape
     padding = -scored % SUM_CHUNK
     chunks: Any = tuple(
@@ -253,13 +273,16 @@ def response_sums(
     return total.reshape(rows, slots, responses)
 
 
-def _response_sums_forward(values, owners, slots, responses):
-    return response_sums(values, owners, slots, responses), owners
+def _response_sums_forward(values, owners, slots, responses, devices):
+    return response_sums(values, owners, slots, responses, devices), owners
 
 
-def _response_sums_backward(slots, responses, owners, cotangent):
-    flat = cotangent.reshape(len(owners), slots * responses)
-    return jnp.where(owners >= 0, jnp.take_along_axis(flat, jnp.maximum(owners, 0), axis=1), 0), None
+def _response_sums_backward(slots, responses, devices, owners, cotangent):
+    def of_part(cotangent: Array, owners: Array) -> Array:
+        flat = cotangent.reshape(len(owners), slots * responses)
+        return jnp.where(owners >= 0, jnp.take_along_axis(flat, jnp.maximum(owners, 0), axis=1), 0)
+
+    return devices.local(of_part, (ROWS, SLOTS), SLOTS)(cotangent, owners), None
 
 
 response_sums.defvjp(_response_sums_forward, _response_sums_backward)

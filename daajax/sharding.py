@@ -6,7 +6,7 @@ ValueError, so that nothing is replicated by accident.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,16 @@ import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from daajax.data.batches import axes_behind_rows
 from daajax.errors import UserError
 
 AXES = (
     "data",
     "fsdp",
     "tensor",
-)  # replicas of the model · its parameters cut up, gathered layer by layer · heads and MLP cut up
+    "context",
+)  # replicas of the model · its parameters cut up, gathered layer by layer · heads and MLP cut up · rows' length cut up
+NEAREST = ("context", "tensor")  # axes whose devices are neighbours, the nearest last: sums over `tensor` send the most
 
 HOST = "pinned_host"  # the kind of a host's memory that its devices read by themselves
 
@@ -29,11 +32,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations and batches
     "micro_batches": None,
     "rows": ("data", "fsdp"),
-    "length": None,
+    "length": "context",
+    "scored": "context",
+    "tokens": ("data", "fsdp", "context"),  # of rows whose length is cut up
+    "slots": None,
+    "responses": None,
     "head_dim": None,
     # parameters
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "norm": None,
     "vocab": "tensor",
     "mlp": "tensor",
@@ -54,7 +61,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """A mesh over all devices.
 
     Args:
-        sizes: Devices on each axis of `AXES`; -1 on one of them takes the rest.
+        sizes: Devices on each axis of `AXES`, 1 on those that are not named; -1 on one of them takes the rest.
         devices: Those to spread over; they need not be there: `jax.experimental.topologies` describes such as are not.
             None: all that are visible.
 
@@ -62,7 +69,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         UserError: If the axes do not multiply to the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
-    shape = {axis: int(sizes[axis]) for axis in AXES}
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     known = math.prod(size for size in shape.values() if size != -1)
     free = [axis for axis, size in shape.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
@@ -76,14 +83,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {shape} needs {least}{known} devices but {count} are visible; "
             "set config.mesh or use -1 for one axis."
         )
-    types = (AxisType.Auto,) * len(AXES)
+    order = (*(axis for axis in AXES if axis not in NEAREST), *NEAREST)
+    types, spread = (AxisType.Auto,) * len(AXES), tuple(shape[axis] for axis in order)
     try:
-        return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+        found = jax.make_mesh(spread, order, axis_types=types, devices=devices).devices
     except NotImplementedError:
         # An axis is not the product of some of the torus's: it shares one of these with another.
         there = jax.devices() if devices is None else list(devices)
-        spread = mesh_utils.create_device_mesh(tuple(shape.values()), there, allow_split_physical_axes=True)
-        return Mesh(spread, AXES, axis_types=types)
+        found = mesh_utils.create_device_mesh(spread, there, allow_split_physical_axes=True)
+    return Mesh(found.transpose([order.index(axis) for axis in AXES]), AXES, axis_types=types)
 
 
 def device_of(mesh: Mesh) -> Any:
@@ -96,16 +104,22 @@ def row_multiple(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def length_parts(mesh: Mesh) -> int:
+    """Devices that the length of a row is cut over."""
+    return mesh.shape["context"]
+
+
 def check_divides(mesh: Mesh, axis: str, size: int, what: str) -> None:
     """Refuses to cut `size` things along a logical axis into unequal parts.
 
     Raises:
         UserError: If the devices on the logical axis do not divide `size`.
     """
-    parts = _parts(mesh, spec((axis,))[0])
+    parts, cut = _parts(mesh, spec((axis,))[0]), _mesh_axes(spec((axis,))[0])
     if size % parts:
+        names = " × ".join(repr(name) for name in cut if mesh.shape[name] > 1)
         raise UserError(
-            f"{what}: {size} do not divide over {parts} devices of mesh axis {RULES[axis]!r}; "
+            f"{what}: {size} do not divide over {parts} devices of mesh axis {names}; "
             "choose a mesh whose sizes divide the model's."
         )
 
@@ -252,6 +266,19 @@ def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(rows)[index] for index in held.values()]))
 
 
+def batch_shardings(
+    mesh: Mesh, batch: Iterable[str], leading: Axes = ("micro_batches", "rows")
+) -> dict[str, NamedSharding]:
+    """Where every array of a batch lives, by its name; one that is not of `daajax.data.batches` is cut by rows alone.
+
+    Args:
+        mesh: The mesh.
+        batch: Names of the arrays.
+        leading: Leading axes of every array, up to its rows.
+    """
+    return {name: sharding(mesh, (*leading, *axes_behind_rows(name))) for name in batch}
+
+
 def place(
     mesh: Mesh,
     batch: Mapping[str, np.ndarray],
@@ -263,14 +290,14 @@ def place(
 
     Args:
         mesh: The mesh.
-        batch: The rows of `own_rows`, or all of them.
-        leading: Leading axes of every array.
+        batch: The rows of `own_rows`, or all of them; each of these is whole.
+        leading: Leading axes of every array, up to its rows.
         rows: How many there are in all processes; None: as many as in `batch`.
     """
-    where, axis = sharding(mesh, leading), leading.index("rows")
+    shardings, axis = batch_shardings(mesh, batch, leading), leading.index("rows")
     own = None if rows is None else own_rows(mesh, rows)
 
-    def placed(value: np.ndarray) -> jax.Array:
+    def placed(value: np.ndarray, where: NamedSharding) -> jax.Array:
         shape = list(value.shape)
         shape[axis] = rows or shape[axis]
 
@@ -281,7 +308,7 @@ def place(
 
         return jax.make_array_from_callback(tuple(shape), where, part)
 
-    return {key: placed(value) for key, value in batch.items()}
+    return {key: placed(value, shardings[key]) for key, value in batch.items()}
 
 
 def fetch(x: jax.Array) -> np.ndarray:
@@ -312,7 +339,7 @@ def constrain(mesh: Mesh, axes: Axes) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, where)
 
 
-def local(function: Callable[..., Any], mesh: Mesh, in_axes: Sequence[Axes], out_axes: Any) -> Callable[..., Any]:
+def local(function: Callable[..., Any], mesh: Mesh, in_axes: Sequence[Any], out_axes: Any) -> Callable[..., Any]:
     """Runs a function on each device's part of its arguments.
 
     It may communicate through `MeshDevices` only. What does not is differentiable: gradients of what is whole on
@@ -321,15 +348,20 @@ def local(function: Callable[..., Any], mesh: Mesh, in_axes: Sequence[Axes], out
     Args:
         function: Single-device code.
         mesh: The mesh.
-        in_axes: Leading logical axes of each argument; for a tree, of all its leaves.
+        in_axes: Leading logical axes of each argument; for a tree, of all its leaves, or a tree like it of theirs.
         out_axes: Likewise of every output, or of each of several.
     """
     several = any(isinstance(axes, tuple) for axes in out_axes)
     out_specs = tuple(spec(axes) for axes in out_axes) if several else spec(out_axes)
     # Without check_vma: loops inside start from constants, which the check would call unvarying and refuse.
     return jax.shard_map(
-        function, mesh=mesh, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=out_specs, check_vma=False
+        function, mesh=mesh, in_specs=tuple(map(_specs, in_axes)), out_specs=out_specs, check_vma=False
     )
+
+
+def _specs(axes: Any) -> Any:
+    """Of axes, or of a tree of them."""
+    return jax.tree.map(spec, axes, is_leaf=lambda one: type(one) is tuple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +370,7 @@ class MeshDevices:
 
     mesh: Mesh
 
-    def local(self, function: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Any) -> Callable[..., Any]:
+    def local(self, function: Callable[..., Any], in_axes: Sequence[Any], out_axes: Any) -> Callable[..., Any]:
         """See `local`."""
         return local(function, self.mesh, in_axes, out_axes)
 

@@ -211,11 +211,11 @@ class Update:
             is_live=reference_scorer is not None,
             balances=router_loss_coef > 0,
         )
-        self._of_batch = sharding.sharding(scorer.mesh, ("micro_batches", "rows"))
+        self._mesh = scorer.mesh
         self._jitted = jax.jit(
             update,
             static_argnums=3,
-            in_shardings=(homes, self._of_batch, sharding.homes(beside)),
+            in_shardings=(homes, None, sharding.homes(beside)),  # a batch's are known with its keys, in `lower`
             out_shardings=(homes, sharding.replicated(scorer.mesh)),
             donate_argnums=0,
             compiler_options=dict(compiler_options or {}) or None,
@@ -241,7 +241,7 @@ class Update:
             batch: What has the keys, shapes and dtypes of an update's.
             keys: The plan's capacity for this batch's shape.
         """
-        shaped = sharding.abstract(batch, dict.fromkeys(batch, self._of_batch))
+        shaped = sharding.abstract(batch, sharding.batch_shardings(self._mesh, batch))
         return self._jitted.lower(self.state, shaped, self.beside, keys)
 
     def compile(self, batch: Mapping[str, Any], *, keys: int) -> jax.stages.Compiled:

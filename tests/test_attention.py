@@ -30,7 +30,7 @@ WIDE = dataclasses.replace(MODEL, head_dim=256)
 
 def choose(monkeypatch, name, device, architecture=MODEL, dtype="bfloat16"):
     monkeypatch.setattr(sharding, "device_of", lambda mesh: device)
-    return attention.choose(name, architecture, None, jnp.dtype(dtype))
+    return attention.choose(name, architecture, mesh_of(), jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize(
@@ -123,18 +123,20 @@ KERNELS = ["cudnn", pytest.param("splash", marks=pytest.mark.slow)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (2, 2, 1, 2)])
 def test_rows_score_what_sequences_score_one_by_one(anywhere, name, sizes):
     # Float32 through two layers; log-probs down to -10 nats. No example here has more than 21 tokens and a response.
     np.testing.assert_allclose(scored_by(scorer(name, sizes), sizes), expected_token_logps(), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 1, 2)])
 @pytest.mark.parametrize("name", ["blockwise", *KERNELS])
-def test_layers_with_and_without_a_window_score_what_the_mask_does(anywhere, name):
+def test_layers_with_and_without_a_window_score_what_the_mask_does(anywhere, name, sizes):
     near = LayerKind(sliding_window=4)
     mixed = dataclasses.replace(ARCHITECTURE, kinds=(near, LayerKind()), kind_of=(0, 1))
     expected = scored_by(scorer("dense", architecture=mixed))
     real = ~np.isnan(expected)
     assert np.abs(expected - expected_token_logps())[real].max() > 0.1  # the window hides something
-    np.testing.assert_allclose(scored_by(scorer(name, architecture=mixed)), expected, rtol=2e-5, atol=2e-5)
+    found = scored_by(scorer(name, sizes, architecture=mixed), sizes)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)

@@ -44,7 +44,7 @@ def plan_of(lengths, *, updates, sharing=True, micro_batches=1, rows=None, score
     scored = responses.sum(axis=1) if scored is None else np.array(scored)
     tokens = lengths.sum(axis=1)
     keys = responses.sum(axis=1) + lengths[:, 0] * (responses > 0).sum(axis=1)
-    sizes = Sizes(tokens, tokens if sharing else keys, scored, keys, sharing)
+    sizes = Sizes(tokens, tokens if sharing else keys, scored, keys, sharing, lengths.shape[1] - 1)
     windows = np.arange(len(lengths)).reshape(updates, -1)
     return pack(windows, sizes, packing=True, micro_batches=micro_batches, row_multiple=1, rows=rows), lengths, scored
 

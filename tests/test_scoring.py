@@ -32,15 +32,15 @@ BATCH_SIZE = 16
 
 
 @functools.cache
-def mesh_of(data=8, fsdp=1, tensor=1):
-    return sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor})
+def mesh_of(data=8, fsdp=1, tensor=1, context=1):
+    return sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor, "context": context})
 
 
 @functools.cache
-def scorer_of(data=8, fsdp=1, tensor=1, *, attention="blockwise", remat="none", dtype="float32"):
+def scorer_of(data=8, fsdp=1, tensor=1, context=1, *, attention="blockwise", remat="none", dtype="float32"):
     return Scorer.make(
         ARCHITECTURE,
-        mesh_of(data, fsdp, tensor),
+        mesh_of(data, fsdp, tensor, context),
         attention=attention,
         remat=remat,
         dtype=jnp.dtype(dtype),
@@ -62,9 +62,9 @@ def host_params():
 
 
 @functools.cache
-def placed_params(data=8, fsdp=1, tensor=1):
-    mesh = mesh_of(data, fsdp, tensor)
-    shapes, axes = decoder.abstract_params(scorer_of(data, fsdp, tensor).model)
+def placed_params(*sizes):
+    mesh = mesh_of(*sizes)
+    shapes, axes = decoder.abstract_params(scorer_of(*sizes).model)
     return jax.device_put(host_params(), sharding.param_shardings(mesh, shapes, axes))
 
 
@@ -166,7 +166,8 @@ def scored_by(scorer, mesh_sizes=(8, 1, 1), responses=2, **options):
     """Token log-probs of all examples by index into the data's flat tokens, NaN where nothing was scored."""
     data = tokenized_data(examples_of(responses))
     mesh = mesh_of(*mesh_sizes)
-    plan = planned(data, batch_size=BATCH_SIZE, updates=1, row_multiple=sharding.row_multiple(mesh), **options)
+    cuts = dict(row_multiple=sharding.row_multiple(mesh), parts=sharding.length_parts(mesh))
+    plan = planned(data, batch_size=BATCH_SIZE, updates=1, **cuts, **options)
     batches = Batches(data, plan)
     flat = np.full(len(data.tokens), np.nan)
     for part in range(plan.micro_batches):
@@ -189,6 +190,9 @@ def scored_by(scorer, mesh_sizes=(8, 1, 1), responses=2, **options):
         ((8, 1, 1), {}, {"packing": False, "row_length": 256}),
         ((8, 1, 1), {"attention": "dense"}, {"micro_batches": 2}),
         ((2, 2, 2), {}, {}),
+        ((1, 2, 1, 4), {}, {}),
+        ((2, 1, 2, 2), {}, {"prefix_sharing": False, "rows": 4}),
+        ((1, 2, 1, 4), {"attention": "dense"}, {"packing": False, "micro_batches": 2}),
     ],
     ids=str,
 )

@@ -11,21 +11,21 @@ from daajax.models import decoder
 from daajax.optimizer import make_optimizer
 from tests.test_scoring import mesh_of, scorer_of
 
-# Where each parameter of a decoder lies on a mesh with every axis: hidden features over fsdp, heads, MLP and
-# vocabulary over tensor, norms on every device.
+# Where each parameter of a decoder lies on a mesh with every axis: hidden features over fsdp and context; heads, MLP
+# and vocabulary over tensor; norms on every device.
 PARAMETERS = {
-    "embed_tokens": P("tensor", "fsdp"),
-    "lm_head": P("tensor", "fsdp"),
+    "embed_tokens": P("tensor", ("fsdp", "context")),
+    "lm_head": P("tensor", ("fsdp", "context")),
     "norm": P(None),
     "layers/pre_attention_norm": P(None, None),
     "layers/pre_mlp_norm": P(None, None),
-    "layers/q_proj": P(None, "fsdp", "tensor"),
-    "layers/k_proj": P(None, "fsdp", "tensor"),
-    "layers/v_proj": P(None, "fsdp", "tensor"),
-    "layers/o_proj": P(None, "tensor", "fsdp"),
-    "layers/gate_proj": P(None, "fsdp", "tensor"),
-    "layers/up_proj": P(None, "fsdp", "tensor"),
-    "layers/down_proj": P(None, "tensor", "fsdp"),
+    "layers/q_proj": P(None, ("fsdp", "context"), "tensor"),
+    "layers/k_proj": P(None, ("fsdp", "context"), "tensor"),
+    "layers/v_proj": P(None, ("fsdp", "context"), "tensor"),
+    "layers/o_proj": P(None, "tensor", ("fsdp", "context")),
+    "layers/gate_proj": P(None, ("fsdp", "context"), "tensor"),
+    "layers/up_proj": P(None, ("fsdp", "context"), "tensor"),
+    "layers/down_proj": P(None, "tensor", ("fsdp", "context")),
 }
 
 
@@ -47,16 +47,18 @@ def decoder_on_a_mesh():
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ((-1, 1, 1), (8, 1, 1)),
-        ((1, -1, 1), (1, 8, 1)),
-        ((2, -1, 2), (2, 2, 2)),
-        ((4, 2, -1), (4, 2, 1)),
-        ((1, 4, 2), (1, 4, 2)),
+        ((-1,), (8, 1, 1, 1)),
+        ((1, -1, 1), (1, 8, 1, 1)),
+        ((2, -1, 2), (2, 2, 2, 1)),
+        ((4, 2, -1), (4, 2, 1, 1)),
+        ((1, 4, 2), (1, 4, 2, 1)),
+        ((1, 2, 1, -1), (1, 2, 1, 4)),
     ],
 )
 def test_a_mesh_takes_all_devices_and_minus_one_the_rest(sizes, shape):
-    mesh = sharding.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    axes = ("data", "fsdp", "tensor", "context")
+    mesh = sharding.make_mesh(dict(zip(axes, sizes, strict=False)))
+    assert dict(mesh.shape) == dict(zip(axes, shape, strict=True))
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert sharding.row_multiple(mesh) == shape[0] * shape[1]
 
@@ -64,7 +66,7 @@ def test_a_mesh_takes_all_devices_and_minus_one_the_rest(sizes, shape):
 def test_a_mesh_takes_the_devices_that_it_is_given():
     some = jax.devices()[4:]
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 2}, some)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2, "context": 1}
     assert set(mesh.devices.flat) == set(some)
     with pytest.raises(UserError, match=r"needs 8 devices but 4 are visible"):
         sharding.make_mesh({"data": 8, "fsdp": 1, "tensor": 1}, some)
@@ -75,7 +77,7 @@ def test_a_mesh_takes_the_devices_that_it_is_given():
     [
         (
             (1, 3, 1),
-            r"^mesh \{'data': 1, 'fsdp': 3, 'tensor': 1\} needs 3 devices but 8 are visible; "
+            r"^mesh \{'data': 1, 'fsdp': 3, 'tensor': 1, 'context': 1\} needs 3 devices but 8 are visible; "
             r"set config\.mesh or use -1 for one axis\.$",
         ),
         ((16, 1, 1), r"needs 16 devices but 8 are visible"),
@@ -99,7 +101,7 @@ def test_a_logical_axis_that_is_not_in_the_table_is_refused(use):
 
 def test_logical_axes_map_to_mesh_axes_and_none_is_never_cut():
     assert sharding.spec(("micro_batches", "rows", None)) == P(None, ("data", "fsdp"), None)
-    assert sharding.spec(("heads", "embed")) == P("tensor", "fsdp")
+    assert sharding.spec(("heads", "embed")) == P("tensor", ("fsdp", "context"))
 
 
 def test_every_parameter_lies_where_the_table_says(decoder_on_a_mesh):
@@ -155,13 +157,20 @@ def test_factored_moments_are_on_every_device():
     assert {leaf.spec for leaf in jax.tree.leaves(found)} == {P()}
 
 
-def test_batches_become_global_arrays_cut_by_rows():
-    mesh = mesh_of(4, 2, 1)
-    batch = {"tokens": np.arange(2 * 8 * 3, dtype=np.int32).reshape(2, 8, 3), "weights": np.ones((2, 8), np.float32)}
-    for name, found in sharding.place(mesh, batch).items():
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 1, 1, 4)])
+def test_batches_become_global_arrays_cut_by_rows_and_length(sizes):
+    mesh, rows, context = mesh_of(*sizes), sizes[0] * sizes[1], dict(mesh_of(*sizes).shape)["context"]
+    batch = {"tokens": np.arange(2 * 8 * 12, dtype=np.int32).reshape(2, 8, 12), "weights": np.ones((2, 8), np.float32)}
+    placed = sharding.place(mesh, batch)
+    for name, found in placed.items():
         np.testing.assert_array_equal(found, batch[name])
-        assert found.sharding.spec == P(None, ("data", "fsdp"))
-        assert {shard.data.shape for shard in found.addressable_shards} == {(2, 1, *batch[name].shape[2:])}
+    parts = {name: {shard.data.shape for shard in found.addressable_shards} for name, found in placed.items()}
+    assert parts == {"tokens": {(2, 8 // rows, 12 // context)}, "weights": {(2, 8 // rows)}}
+
+
+def test_devices_of_the_axis_tensor_are_nearest_and_those_of_context_next():
+    numbers = np.vectorize(lambda device: device.id)(mesh_of(1, 2, 2, 2).devices)
+    np.testing.assert_array_equal(numbers[0, 0], [[0, 2], [1, 3]])  # by tensor, then context
 
 
 def test_a_constraint_puts_an_array_in_its_place():

@@ -154,7 +154,8 @@ def batch_of(sizes, reference=None, data: TokenizedData | None = None, **options
     """One update of all examples on a mesh, in an order of its own, and the capacity in gathered keys."""
     mesh = mesh_of(*sizes)
     data = data or tokenized_data(examples_of())
-    plan = planned(data, batch_size=BATCH_SIZE, updates=1, row_multiple=sharding.row_multiple(mesh), **options)
+    cuts = dict(row_multiple=sharding.row_multiple(mesh), parts=sharding.length_parts(mesh))
+    plan = planned(data, batch_size=BATCH_SIZE, updates=1, **cuts, **options)
     batch = Batches(data, plan, reference_column() if reference is None else reference)[0]
     return sharding.place(mesh, batch), plan.shape(0).keys
 
@@ -194,6 +195,15 @@ def assert_gradients_near(found, wanted, tolerance=3e-5):
         pytest.param((8, 1, 1), {"head": "row"}, marks=pytest.mark.slow),
         ((2, 2, 2), {"head": "row", "micro_batches": 2}),
         pytest.param((1, 4, 2), {"head": "row", "prefix_sharing": False, "rows": 16}, marks=pytest.mark.slow),
+        ((1, 2, 1, 4), {}),
+        pytest.param(
+            (2, 1, 2, 2),
+            {"micro_batches": 2, "prefix_sharing": False, "rows": 4, "scorer": {"remat": "full"}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (1, 2, 1, 4), {"packing": False, "scorer": {"attention": "dense", "remat": "dots"}}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -212,6 +222,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_layout(sizes, options):
         pytest.param("frozen", (8, 1, 1), 1, marks=pytest.mark.slow),
         pytest.param("token", (2, 2, 2), 2, marks=pytest.mark.slow),
         pytest.param("row", (2, 2, 2), 2, marks=pytest.mark.slow),
+        pytest.param("frozen", (1, 2, 1, 4), 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -223,11 +234,16 @@ def test_a_projection_that_is_not_trained_changes_no_other_gradient(head, sizes,
 
 
 @pytest.mark.parametrize(
-    ("name", "micro_batches"),
-    [("dpo as coupled", 4), pytest.param("centered", 1, marks=pytest.mark.slow), ("centered", 4)],
+    ("name", "micro_batches", "sizes"),
+    [
+        ("dpo as coupled", 4, (8, 1, 1)),
+        pytest.param("centered", 1, (8, 1, 1), marks=pytest.mark.slow),
+        ("centered", 4, (8, 1, 1)),
+        pytest.param("centered", 2, (1, 2, 1, 4), marks=pytest.mark.slow),
+    ],
 )
-def test_objectives_coupled_over_the_update_are_exact_in_parts(name, micro_batches):
-    gradient, logged = computed(name, micro_batches=micro_batches)
+def test_objectives_coupled_over_the_update_are_exact_in_parts(name, micro_batches, sizes):
+    gradient, logged = computed(name, sizes, micro_batches=micro_batches)
     loss, wanted = expected("dpo" if name == "dpo as coupled" else name)
     assert_gradients_near(gradient, wanted)
     assert logged["loss"] == pytest.approx(loss, rel=2e-5)

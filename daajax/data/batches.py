@@ -2,7 +2,8 @@
 
 A batch is a dict of NumPy arrays `[micro_batches, rows, …]`; its keys are those of `LAYOUT`, and of `OPTIONAL` those
 that are asked for. A row holds whole examples. With prefix sharing an example lies as prompt, response 1, …, response
-K; without it each response carries its own copy of the prompt.
+K; without it each response carries its own copy of the prompt. Where the length of rows is cut over several devices,
+tokens and scored slots lie part by part (`daajax.data.parts`), and `sources` are places in that order.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int, Shaped
 
 from daajax.data.draws import generator, keep
 from daajax.data.packing import Plan
+from daajax.data.parts import moved, order, places, scored_places
 from daajax.data.tokens import UNLABELLED, TokenizedData
 
 Batch = dict[str, np.ndarray]
@@ -44,6 +46,11 @@ OPTIONAL = {  # likewise, what there is only where it is asked for
     "entropies": (np.float32, ("rows", "scored"), 0),
 }
 _INDICES = {"indices": (np.int64, ("rows", "scored"), -1)}  # filled with the others, but stays on the host
+
+
+def axes_behind_rows(name: str) -> tuple[str, ...]:
+    """Logical axes of one of a batch's arrays behind its rows; none of what is no part of the layout."""
+    return (LAYOUT | OPTIONAL)[name][1][1:] if name in LAYOUT or name in OPTIONAL else ()
 
 
 class Batches:
@@ -118,6 +125,7 @@ class Batches:
         ):
             if example >= 0 and row in rows:
                 self._put(rows[row], update, place, example)
+        arrays = self._in_parts(arrays)
         batch = {key: value.reshape(plan.micro_batches, own, *value.shape[1:]) for key, value in arrays.items()}
         indices = batch.pop("indices")
         return batch, indices
@@ -139,6 +147,21 @@ class Batches:
         """Of the axes of the layout, with so many rows."""
         shape = self.plan.shape(update)
         return dict(rows=rows, length=shape.length, slots=shape.slots, scored=shape.scored, responses=self.responses)
+
+    def _in_parts(self, arrays: Batch) -> Batch:
+        """Rows that were filled from the front, with their tokens and scored slots part by part."""
+        parts, length = self.plan.parts, arrays["tokens"].shape[1]
+        if parts == 1:
+            return arrays
+        arrays["sources"] = places(length, parts)[arrays["sources"]]
+        lies, slots = order(length, parts), scored_places(arrays["sources"], arrays["owners"], length, parts)
+        found = {}
+        for key, value in arrays.items():
+            _, axes, empty = self._layout[key]
+            if "length" in axes:
+                value = value[:, lies]
+            found[key] = moved(value, slots, empty) if "scored" in axes else value
+        return found
 
     def __len__(self) -> int:
         return self.plan.updates

@@ -13,11 +13,10 @@ import numpy as np
 from jaxtyping import Int
 
 from daajax.data.dealing import deal, totals
+from daajax.data.parts import LENGTH_MULTIPLE, SCORED_MULTIPLE, length_multiple, scored_of_rows
 from daajax.data.sizes import Sizes
 from daajax.errors import UserError
 
-LENGTH_MULTIPLE = 128  # row lengths and gathered keys come in whole attention blocks
-SCORED_MULTIPLE = 8
 _SPARE = 0.16  # share, of an example, of a row's scored tokens and keys that it may have beyond its fair share
 
 
@@ -30,9 +29,9 @@ class Shape:
     """The four static capacities of a row: what every row of an update has room for, filled or not.
 
     Attributes:
-        length: Tokens of examples lying one behind the other; a multiple of `LENGTH_MULTIPLE`.
+        length: Tokens of examples lying one behind the other; a multiple of `LENGTH_MULTIPLE` in each part.
         slots: Examples.
-        scored: Tokens with a log-prob, over all its examples; a multiple of `SCORED_MULTIPLE`.
+        scored: Tokens with a log-prob, over all its examples; a multiple of `SCORED_MULTIPLE` in each part.
         keys: Tokens that attention gathers as keys: each response behind its prompt, so that a prompt counts once for
             each of its responses; a multiple of `LENGTH_MULTIPLE`.
     """
@@ -54,6 +53,7 @@ class Plan:
         shape_of: Index into `shapes` by update.
         micro_batches: Parts an update is computed in.
         rows: Rows of one micro-batch.
+        parts: Devices that the length of a row is cut over, see `daajax.data.parts`.
         prefix_sharing: Whether the prompt lies in the row once.
         efficiency: Real share of each capacity; 1 is perfect.
         most_tokens: Row positions that the largest window takes.
@@ -66,6 +66,7 @@ class Plan:
     shape_of: Int[np.ndarray, " updates"]
     micro_batches: int
     rows: int
+    parts: int
     prefix_sharing: bool
     efficiency: dict[str, float]
     most_tokens: int
@@ -94,8 +95,9 @@ class Plan:
         shapes = ", ".join(
             f"{s.length} tokens × {s.slots} slots, {s.scored} scored, {s.keys} keys" for s in self.shapes
         )
-        parts = ", ".join(f"{name} {100 * value:.1f} %" for name, value in self.efficiency.items())
-        return [f"rows: {self.micro_batches} × {self.rows} of {shapes}", f"rows in use: {parts}", *self.notices]
+        used = ", ".join(f"{name} {100 * value:.1f} %" for name, value in self.efficiency.items())
+        cut = "" if self.parts == 1 else f", each cut over {self.parts} devices"
+        return [f"rows: {self.micro_batches} × {self.rows} of {shapes}{cut}", f"rows in use: {used}", *self.notices]
 
 
 def pack(
@@ -105,6 +107,7 @@ def pack(
     packing: bool,
     micro_batches: int,
     row_multiple: int,
+    parts: int = 1,
     rows: int | None = None,
     row_length: int | None = None,
     shapes: int = 1,
@@ -118,6 +121,7 @@ def pack(
         packing: False gives every example a row of its own.
         micro_batches: Parts an update is computed in.
         row_multiple: Devices that rows are sharded over; a micro-batch has a multiple of it.
+        parts: Devices that the length of each row is cut over.
         rows: Rows of a micro-batch; None takes as few as the mesh, or `row_length`, allows.
         row_length: Tokens of a row, a multiple of 128 (see `parse_row_length`); None takes the smallest that holds
             every window.
@@ -125,16 +129,18 @@ def pack(
         names: Of the examples, for error messages; None: their index.
 
     Raises:
-        UserError: If `rows` does not fit the mesh, or an example or a window does not fit the rows asked for.
+        UserError: If `rows` or `row_length` does not fit the mesh, or an example or a window does not fit the rows
+            asked for.
     """
-    _check_rows(windows, sizes, row_multiple, rows, row_length, names)
+    multiple = length_multiple(parts)
+    _check_rows(windows, sizes, row_multiple, multiple, rows, row_length, names)
     if packing:
-        row_of, count = _share_rows(windows, sizes, micro_batches, row_multiple, rows, row_length, shapes)
+        row_of, count = _share_rows(windows, sizes, micro_batches, row_multiple, multiple, rows, row_length, shapes)
     else:
         row_of, count = _give_one_each(windows, micro_batches, row_multiple, rows)
     takes = {"length": sizes.length, "slots": np.ones_like(sizes.length), "scored": sizes.scored, "keys": sizes.keys}
     needs = {name: _add_up(windows, row_of, each, micro_batches * count) for name, each in takes.items()}
-    chosen, shape_of = _choose_shapes(needs, shapes, row_length)
+    chosen, shape_of = _choose_shapes(needs, shapes, row_length, parts, sizes.predicted)
     return Plan(
         windows=windows,
         row_of=row_of,
@@ -142,6 +148,7 @@ def pack(
         shape_of=shape_of,
         micro_batches=micro_batches,
         rows=count,
+        parts=parts,
         prefix_sharing=sizes.prefix_sharing,
         efficiency=_efficiency(needs, chosen, shape_of, micro_batches),
         most_tokens=int(needs["length"].sum(axis=1).max()),
@@ -173,6 +180,7 @@ def _check_rows(
     windows: Windows,
     sizes: Sizes,
     row_multiple: int,
+    multiple: int,
     rows: int | None,
     row_length: int | None,
     names: Sequence[str] | None,
@@ -182,6 +190,11 @@ def _check_rows(
         raise UserError(
             f"packing.rows={rows} must be a positive multiple of {row_multiple}, the devices on the mesh's axes data "
             "and fsdp."
+        )
+    if row_length is not None and row_length % multiple:
+        raise UserError(
+            f"packing.row_length={row_length} must be a multiple of {multiple}: {LENGTH_MULTIPLE} tokens on each of "
+            f"mesh.context={multiple // LENGTH_MULTIPLE} devices; round it, or leave it auto."
         )
     used = windows[windows >= 0]
     if row_length is not None and sizes.length[used].max() > row_length:
@@ -198,6 +211,7 @@ def _share_rows(
     sizes: Sizes,
     micro_batches: int,
     row_multiple: int,
+    multiple: int,
     rows: int | None,
     row_length: int | None,
     shapes: int,
@@ -208,7 +222,7 @@ def _share_rows(
     most = max(least, math.ceil(windows.shape[1] / (micro_batches * row_multiple)) * row_multiple)
     longest = 0
     for count in [rows] if rows else range(least, most + 1, row_multiple):
-        row_of = _deal_rows(windows, sizes, micro_batches * count, row_length, shapes)
+        row_of = _deal_rows(windows, sizes, micro_batches * count, multiple, row_length, shapes)
         longest = int(_add_up(windows, row_of, sizes.length, micro_batches * count).max())
         if row_length is None or longest <= row_length:
             return row_of, count
@@ -231,11 +245,11 @@ def _give_one_each(windows: Windows, micro_batches: int, row_multiple: int, rows
 
 
 def _choose_shapes(
-    needs: Needs, count: int, row_length: int | None
+    needs: Needs, count: int, row_length: int | None, parts: int, predicted: int
 ) -> tuple[tuple[Shape, ...], Int[np.ndarray, " updates"]]:
     """Capacities for groups of updates of similar length, each once, and which of them each update has."""
     longest = needs["length"].max(axis=1)
-    multiples = dict(length=LENGTH_MULTIPLE, slots=1, scored=SCORED_MULTIPLE, keys=LENGTH_MULTIPLE)
+    multiples = dict(length=length_multiple(parts), slots=1, scored=SCORED_MULTIPLE, keys=LENGTH_MULTIPLE)
     chosen, group_of = [], np.zeros(len(longest), np.int32)
     for group in np.array_split(np.argsort(longest, kind="stable"), min(count, len(longest))):
         shape = {name: _round_up(int(needs[name][group].max()), multiple) for name, multiple in multiples.items()}
@@ -243,6 +257,10 @@ def _choose_shapes(
         chosen.append(Shape(**shape))
     if row_length is not None:
         chosen[-1] = dataclasses.replace(chosen[-1], length=row_length)
+    chosen = [
+        dataclasses.replace(one, scored=scored_of_rows(one.scored, one.length, one.slots, parts, predicted))
+        for one in chosen
+    ]
     shapes = tuple(dict.fromkeys(chosen))
     return shapes, np.array([shapes.index(shape) for shape in chosen], np.int32)[group_of]
 
@@ -284,7 +302,9 @@ def _add_up(
     return totals(row_of, values[windows], rows).astype(np.int64)
 
 
-def _deal_rows(windows: Windows, sizes: Sizes, rows: int, row_length: int | None, shapes: int) -> Windows:
+def _deal_rows(
+    windows: Windows, sizes: Sizes, rows: int, multiple: int, row_length: int | None, shapes: int
+) -> Windows:
     """Deals each window into rows that are no fuller than the capacities which it, or the largest window, needs.
 
     The head visits as many scored slots as an update's fullest row has: those are evened out update by update.
@@ -295,10 +315,10 @@ def _deal_rows(windows: Windows, sizes: Sizes, rows: int, row_length: int | None
     largest = np.where(real, measures[windows], 0).max(axis=1)
     spare = 1 + _SPARE * rows / windows.shape[1]
     most = np.maximum(fair * [1, spare, spare], largest)
-    for measure in (0, 2):
+    for measure, whole in ((0, multiple), (2, LENGTH_MULTIPLE)):
         if shapes == 1:
             most[:, measure] = most[:, measure].max()
-        most[:, measure] = np.maximum(np.ceil(most[:, measure] / LENGTH_MULTIPLE), 1) * LENGTH_MULTIPLE
+        most[:, measure] = np.maximum(np.ceil(most[:, measure] / whole), 1) * whole
     if row_length is not None:
         most[:, 0] = row_length
     most[:, 1] = np.maximum(most[:, 1], 1)

@@ -18,6 +18,7 @@ class Sizes:
         scored: Tokens with a log-prob, over all responses.
         keys: Keys that attention gathers: prompt and response, once per response.
         prefix_sharing: Whether the prompt lies in the row once.
+        predicted: Most scored tokens that one position predicts: of each response one, behind a prompt that they share.
     """
 
     tokens: Int[np.ndarray, " examples"]
@@ -25,6 +26,7 @@ class Sizes:
     scored: Int[np.ndarray, " examples"]
     keys: Int[np.ndarray, " examples"]
     prefix_sharing: bool
+    predicted: int
 
     @classmethod
     def of(cls, data: TokenizedData, *, prefix_sharing: bool) -> "Sizes":
@@ -34,7 +36,8 @@ class Sizes:
         scored = data.scored_lengths().sum(axis=1, dtype=np.int64)
         tokens = lengths.sum(axis=1)
         keys = responses.sum(axis=1) + prompt * (responses > 0).sum(axis=1)
-        return cls(tokens, tokens if prefix_sharing else keys, scored, keys, prefix_sharing)
+        predicted = responses.shape[1] if prefix_sharing else 1
+        return cls(tokens, tokens if prefix_sharing else keys, scored, keys, prefix_sharing, predicted)
 
     @property
     def measures(self) -> Float[np.ndarray, "examples 2"]:

@@ -26,6 +26,7 @@ from daajax.ops.devices import ONE_DEVICE
 
 Attend = Callable[[Array, Array, Array, Any], Array]  # queries, keys, values, what each may see -> output
 Mix = Callable[..., Array]  # as `daajax.ops.experts.mix` without `ids`
+Join = Callable[[Array], Array]  # as `joined`, or what leaves rows apart
 Lookup = Callable[[Array, Array, str, Any], Array]  # as `daajax.ops.embedding.lookup` without `devices`
 Params = dict[str, Any]
 Memory = tuple[Array, Array]  # rotated keys, values: of a layer, or of all of them with their axis in front
@@ -72,12 +73,19 @@ def normalize(params: Params, name: str, x: Float[Array, "*axes width"], norm: N
     return y.astype(x.dtype)
 
 
-def project(params: Params, name: str, x: Float[Array, "*axes inputs"]) -> Float[Array, "*axes outputs"]:
-    """A linear layer as one two-dimensional product, in the dtype of x; float32 is not rounded to a shorter format."""
-    flat, precision, product = x.reshape(-1, x.shape[-1]), _precision(x.dtype), remat.PROJECTIONS[name]
+def joined(x: Float[Array, "*axes inputs"]) -> Float[Array, "tokens inputs"]:
+    """The tokens of all rows one after another: two-dimensional products are the fastest that CPUs have."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def project(
+    params: Params, name: str, x: Float[Array, "*axes inputs"], join: Join = joined
+) -> Float[Array, "*axes outputs"]:
+    """A linear layer, in the dtype of x; float32 is not rounded to a shorter format."""
+    flat, precision, product = join(x), _precision(x.dtype), remat.PROJECTIONS[name]
     y = quantization.apply(lambda weights, x: jnp.dot(x, *weights, precision=precision), (params[name],), flat)
     if f"{name}_bias" in params:
-        y = y + params[f"{name}_bias"][None]
+        y = y + jnp.expand_dims(params[f"{name}_bias"], range(y.ndim - 1))
     if f"{name}_a" in params:
         down = checkpoint_name(jnp.dot(flat, params[f"{name}_a"], precision=precision), product)
         y = y + jnp.dot(down, params[f"{name}_b"], precision=precision)
@@ -89,7 +97,7 @@ def _precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
 
 
 def attention_block(
-    params: Params, x, rotation: Rotation | None, seen, architecture: Architecture, attend: Attend
+    params: Params, x, rotation: Rotation | None, seen, architecture: Architecture, attend: Attend, join: Join
 ) -> tuple[Float[Array, "rows length embed"], Memory]:
     """Grouped-query self-attention, and the keys and values that it made.
 
@@ -98,7 +106,7 @@ def attention_block(
     a, (rows, length, _) = architecture, x.shape
 
     def heads(name: str, norm: str) -> Float[Array, "rows length heads head_dim"]:
-        y = project(params, name, x)
+        y = project(params, name, x, join)
         if a.qk_norm == "projection" and norm:
             y = normalize(params, norm, y, a.norm)
         y = y.reshape(rows, length, -1, a.head_dim)
@@ -108,17 +116,17 @@ def attention_block(
     if rotation is not None:
         q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
     output = attend(q, k, v, seen)
-    return project(params, "o_proj", output.reshape(rows, length, -1)), (k, v)
+    return project(params, "o_proj", output.reshape(rows, length, -1), join), (k, v)
 
 
 def mlp_block(
-    params: Params, x: Float[Array, "rows length embed"], architecture: Architecture
+    params: Params, x: Float[Array, "rows length embed"], architecture: Architecture, join: Join
 ) -> Float[Array, "rows length embed"]:
     """Feed-forward block, with a gate (Shazeer 2020, arXiv 2002.05202) or without."""
     act = ACTIVATIONS[architecture.hidden_act]
-    up = project(params, "up_proj", x)
-    inner = act(project(params, "gate_proj", x)) * up if architecture.gated else act(up)
-    return project(params, "down_proj", inner)
+    up = project(params, "up_proj", x, join)
+    inner = act(project(params, "gate_proj", x, join)) * up if architecture.gated else act(up)
+    return project(params, "down_proj", inner, join)
 
 
 def experts_block(
@@ -127,6 +135,7 @@ def experts_block(
     weighed: Float[Array, "rows length"] | None,
     architecture: Architecture,
     mix: Mix,
+    join: Join,
 ) -> tuple[Float[Array, "rows length embed"], Routing | None]:
     """Mixture of experts: each token goes to the few that its router finds most probable, none is dropped.
 
@@ -136,7 +145,7 @@ def experts_block(
         Jiang et al. 2024, https://arxiv.org/abs/2401.04088
     """
     experts: Any = architecture.experts
-    logits = project(params, "router", x).astype(jnp.float32)
+    logits = project(params, "router", x, join).astype(jnp.float32)
     probabilities = jax.nn.softmax(logits, axis=-1)
     weights, chosen = jax.lax.top_k(probabilities, experts.num_experts_per_tok)
     if experts.norm_topk_prob:
@@ -156,7 +165,15 @@ def experts_block(
 
 
 def decoder_layer(
-    params: Params, x, rotation: Rotation | None, seen, weighed, architecture: Architecture, attend: Attend, mix: Mix
+    params: Params,
+    x,
+    rotation: Rotation | None,
+    seen,
+    weighed,
+    architecture: Architecture,
+    attend: Attend,
+    mix: Mix,
+    join: Join = joined,
 ) -> tuple[Float[Array, "rows length embed"], tuple[Memory, Routing | None]]:
     """One transformer layer on the residual stream x, [rows, length, embed]; its keys and values; how it routed.
 
@@ -167,14 +184,14 @@ def decoder_layer(
     def norm(name: str, y: Array) -> Array:
         return normalize(params, name, y, a.norm) if name in a.norms else y
 
-    attended, memory = attention_block(params, norm("pre_attention_norm", x), rotation, seen, a, attend)
+    attended, memory = attention_block(params, norm("pre_attention_norm", x), rotation, seen, a, attend, join)
     attended = norm("post_attention_norm", attended)
     middle = x + attended
     inner, routing = norm("pre_mlp_norm", x if a.parallel else middle), None
     if a.experts is None:
-        inner = mlp_block(params, inner, a)
+        inner = mlp_block(params, inner, a, join)
     else:
-        inner, routing = experts_block(params, inner, weighed, a, mix)
+        inner, routing = experts_block(params, inner, weighed, a, mix, join)
     return middle + norm("post_mlp_norm", inner), (memory, routing)
 
 
@@ -206,6 +223,7 @@ class _Layer(nn.Module):
     architecture: Architecture
     attend: Attend
     mix: Mix
+    join: Join
     constrain: Callable[[Array], Array]
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
@@ -225,7 +243,7 @@ class _Layer(nn.Module):
             self.lora,
         )
         rotation, sight = of_kind(rotations, kind), of_kind(seen, kind)
-        x, (_, routing) = decoder_layer(params, x, rotation, sight, weighed, a, self.attend, self.mix)
+        x, (_, routing) = decoder_layer(params, x, rotation, sight, weighed, a, self.attend, self.mix, self.join)
         return self.constrain(x), routing
 
 
@@ -236,6 +254,8 @@ class Decoder(nn.Module):
         architecture: What to compute.
         attend: Attention over the rows, given what each query may see.
         mix: Sends tokens through their experts; `daajax.ops.experts.mix` on one device.
+        join: Joins the rows of a batch before each product; leaves them apart where their length is cut over devices,
+            whose parts would have to come together for it.
         lookup: Rows of a table; `daajax.ops.embedding.lookup` on one device.
         constrain: Says where the residual stream [rows, length, embed] lives; identity on one device.
         dtype: Compute dtype.
@@ -247,6 +267,7 @@ class Decoder(nn.Module):
     architecture: Architecture
     attend: Attend
     mix: Mix = experts.mix
+    join: Join = joined
     lookup: Lookup = functools.partial(embedding.lookup, devices=ONE_DEVICE)
     constrain: Callable[[Array], Array] = lambda x: x
     dtype: jax.typing.DTypeLike = jnp.float32
@@ -284,7 +305,9 @@ class Decoder(nn.Module):
         )
         x = self.constrain(embed(outer, tokens, positions, a, self.dtype, self.lookup))
         rotations = rope.rotations(a.kinds, a.head_dim, positions)
-        stack = layers(a, self.attend, self.mix, self.constrain, self.dtype, self.param_dtype, self.lora, name="layers")
+        stack = layers(
+            a, self.attend, self.mix, self.join, self.constrain, self.dtype, self.param_dtype, self.lora, name="layers"
+        )
         x, routing = stack(x, rotations, seen, weighed, kinds)
         return normalize(outer, "norm", x, a.norm), routing
 
@@ -368,7 +391,9 @@ def decode(
         weights = layer_weights(stored, adapters, dtype, model.lora)
         sight = of_kind(seen, kind)
         what = sight if earlier is None else (sight, earlier)
-        x, (made, _) = decoder_layer(weights, x, of_kind(rotations, kind), what, None, a, model.attend, model.mix)
+        x, (made, _) = decoder_layer(
+            weights, x, of_kind(rotations, kind), what, None, a, model.attend, model.mix, model.join
+        )
         return model.constrain(x), made
 
     x = model.constrain(embed(params, tokens, positions, a, dtype, model.lookup))

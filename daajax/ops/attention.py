@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,12 +30,23 @@ class KeyLayout(NamedTuple):
         copies: Gathered index of each position's copy in each branch; `keys` where there is none.
         first: First gathered key that each query sees.
         last: Last one, the query's own key; smaller than `first` for padding, which sees nothing.
+
+    A device may have some of a row's queries only; all else is of the whole row.
     """
 
     source: Int[Array, "rows keys"]
     copies: Int[Array, "rows length responses"]
-    first: Int[Array, "rows length"]
-    last: Int[Array, "rows length"]
+    first: Int[Array, "rows queries"]
+    last: Int[Array, "rows queries"]
+
+    def reordered(self, order: Int[np.ndarray, " length"]) -> "KeyLayout":
+        """The same of rows whose tokens lie otherwise.
+
+        Args:
+            order: Which token lies in each place.
+        """
+        source = jnp.asarray(np.argsort(order), jnp.int32)[self.source]
+        return KeyLayout(source, *(x[:, order] for x in (self.copies, self.first, self.last)))
 
 
 def visible(

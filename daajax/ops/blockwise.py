@@ -15,8 +15,8 @@ KEY_BLOCK = 64
 
 def blockwise(
     queries: Float[Array, "rows length heads head_dim"],
-    keys: Float[Array, "rows length kv_heads head_dim"],
-    values: Float[Array, "rows length kv_heads head_dim"],
+    keys: Float[Array, "rows row kv_heads head_dim"],
+    values: Float[Array, "rows row kv_heads head_dim"],
     layout: KeyLayout,
     *,
     scale: float | None = None,

@@ -16,7 +16,7 @@ class Devices(Protocol):
     All but `local`, `parts` and `keep` are for functions that `local` runs.
     """
 
-    def local(self, function: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Any) -> Callable[..., Any]:
+    def local(self, function: Callable[..., Any], in_axes: Sequence[Any], out_axes: Any) -> Callable[..., Any]:
         """Runs a function on each device's part of its arguments; axes are the leading ones, out_axes one a result."""
         ...
 
@@ -60,7 +60,7 @@ class Devices(Protocol):
 class OneDevice:
     """One device, which has all of everything."""
 
-    def local(self, function: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Any) -> Callable[..., Any]:
+    def local(self, function: Callable[..., Any], in_axes: Sequence[Any], out_axes: Any) -> Callable[..., Any]:
         """The function itself."""
         del in_axes, out_axes
         return function

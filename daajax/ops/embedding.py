@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from daajax.ops.devices import Devices
 
-_ROWS = ("rows",)
+_TOKENS = ("rows", "length")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -42,7 +42,7 @@ def lookup(
             found = devices.sum(jnp.where(is_mine[:, :, None], found, 0), axis)
         return devices.exchange(found, "embed", 0, 2)
 
-    return devices.local(of_part, ((axis, "embed"), _ROWS), _ROWS)(table, numbers)
+    return devices.local(of_part, ((axis, "embed"), _TOKENS), _TOKENS)(table, numbers)
 
 
 def _own(table: Array, numbers: Array, axis: str, devices: Devices) -> tuple[Array, Array]:
@@ -63,9 +63,9 @@ def _backward(axis: str, dtype: Any, devices: Devices, kept: Any, cotangent: Arr
         here, is_mine = _own(table, devices.gather(numbers, "embed", 0), axis, devices)
         changes = devices.exchange(cotangent, "embed", 2, 0).astype(jnp.float32)
         total = jnp.zeros(table.shape, jnp.float32).at[jnp.where(is_mine, here, len(table))].add(changes, mode="drop")
-        return devices.sum_others(total, "rows", "embed").astype(table.dtype)
+        return devices.sum_others(total, "tokens", "embed").astype(table.dtype)
 
-    run = devices.local(of_part, ((axis, "embed"), _ROWS, _ROWS), (axis, "embed"))
+    run = devices.local(of_part, ((axis, "embed"), _TOKENS, _TOKENS), (axis, "embed"))
     return run(table, numbers, cotangent), None
 
 

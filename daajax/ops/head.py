@@ -23,12 +23,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from daajax.ops.logits import (
     PROJECTION,
-    ROWS,
+    SLOTS,
     VOCAB,
     Head,
     d_logits_of,
     distributions,
-    gradient_over_rows,
+    gradient_over_tokens,
     into_hidden,
     operands_of,
     product,
@@ -118,6 +118,7 @@ def _score(
     """Values of the statistics, normalizer, and where asked for how each moves the hidden state; [rows, scored, …]."""
 
     def of_part(slots: Slots, weights: tuple[Array, ...]) -> Any:
+        scored, slots = slots.real.shape[1], padded(slots, len(slots.real), head.chunk)
         chunks, names = Chunks.of(slots.real, head.chunk, head.devices), head.names if with_directions else ()
 
         def visit(step, found):
@@ -133,20 +134,15 @@ def _score(
 
         nothing = jnp.zeros(slots.real.shape, jnp.float32)
         start = (tuple(nothing for _ in head.names), Normalizer(nothing, nothing))
-        return jax.lax.fori_loop(0, chunks.count, visit, (*start, tuple(jnp.zeros_like(slots.hidden) for _ in names)))
+        start = (*start, tuple(jnp.zeros_like(slots.hidden) for _ in names))
+        return jax.tree.map(lambda x: x[:, :scored], jax.lax.fori_loop(0, chunks.count, visit, start))
 
-    scored, rows = slots.real.shape[1], _local_rows(head, slots)
-    found = head.devices.local(of_part, (ROWS, VOCAB), ROWS)(padded(slots, rows, head.chunk), weights)
-    return jax.tree.map(lambda x: x[:, :scored], found)
+    return head.devices.local(of_part, (SLOTS, VOCAB), SLOTS)(slots, weights)
 
 
 def _only(values: tuple[Any, ...], place: int) -> tuple[Any, ...]:
     """One of several values, and None in place of the others."""
     return tuple(value if here == place else None for here, value in enumerate(values))
-
-
-def _local_rows(head: Head, slots: Slots) -> int:
-    return len(slots.real) // head.devices.parts("rows")
 
 
 def _pull(
@@ -155,6 +151,8 @@ def _pull(
     """Gradients of hidden states and, where it is trained, of the projection, float32."""
 
     def of_part(slots: Slots, known: Any, cotangents: Any, weights: tuple[Array, ...]) -> Any:
+        rows, scored = slots.real.shape
+        slots, known, cotangents = (padded(x, rows, head.chunk) for x in (slots, known, cotangents))
         chunks = Chunks.of(slots.real, head.chunk, head.devices)
 
         def visit(step, carry):
@@ -167,10 +165,7 @@ def _pull(
 
         start = jnp.zeros_like(slots.hidden), *(jnp.zeros(weights[0].shape, jnp.float32) for _ in range(is_trained))
         d_hidden, *d_projection = jax.lax.fori_loop(0, chunks.count, visit, start)
-        return d_hidden, *(gradient_over_rows(head, total) for total in d_projection)
+        return d_hidden[:, :scored], *(gradient_over_tokens(head, total) for total in d_projection)
 
-    scored, rows = slots.real.shape[1], _local_rows(head, slots)
-    out = (ROWS, PROJECTION) if is_trained else (ROWS,)
-    run = head.devices.local(of_part, (ROWS, ROWS, ROWS, VOCAB), out)
-    d_hidden, *d_projection = run(*(padded(x, rows, head.chunk) for x in (slots, known, cotangents)), weights)
-    return d_hidden[:, :scored], *d_projection
+    out = (SLOTS, PROJECTION) if is_trained else (SLOTS,)
+    return head.devices.local(of_part, (SLOTS, SLOTS, SLOTS, VOCAB), out)(slots, known, cotangents, weights)

@@ -15,7 +15,7 @@ from daajax.ops.slots import Slots
 from daajax.ops.statistics import STATISTICS, Distributions, Normalizer
 
 CHUNK = 2048  # tokens; each chunk reads the whole projection forward, and reads and writes its gradient backward
-ROWS, VOCAB, WHOLE = ("rows",), ("vocab",), ()  # leading axes
+ROWS, SLOTS, VOCAB, WHOLE = ("rows",), ("rows", "scored"), ("vocab",), ()  # leading axes
 PROJECTION = ("vocab", "embed")
 
 
@@ -69,9 +69,9 @@ def weights_of(
     return head.devices.keep(projection.astype(dtype), PROJECTION)
 
 
-def gradient_over_rows(head: Head, total: Float[Array, "vocab embed"]) -> Float[Array, "vocab part"]:
-    """The gradient of the projection summed over the devices' rows; each keeps its part of the features."""
-    return head.devices.sum_cut(total, "rows", 1, "embed")
+def gradient_over_tokens(head: Head, total: Float[Array, "vocab embed"]) -> Float[Array, "vocab part"]:
+    """The gradient of the projection summed over the devices' tokens; each keeps its part of the features."""
+    return head.devices.sum_cut(total, "tokens", 1, "embed")
 
 
 def log_probs(

@@ -17,7 +17,7 @@ from daajax.ops.logits import (
     around,
     d_logits_of,
     distributions,
-    gradient_over_rows,
+    gradient_over_tokens,
     into_hidden,
     operands_of,
     product,
@@ -92,7 +92,7 @@ def row_gradients(
     def of_part(slots: Slots, columns: Any, weights: tuple[Array, ...], shared: Any) -> Any:
         start = tuple(jnp.zeros(weights[0].shape, jnp.float32) for _ in range(is_trained))
         total, found = jax.lax.scan(functools.partial(one_row, shared, weights), start, (slots, columns))
-        return *found, *(gradient_over_rows(head, x) for x in total)
+        return *found, *(gradient_over_tokens(head, x) for x in total)
 
     out = (ROWS, ROWS, PROJECTION) if is_trained else (ROWS, ROWS)
     run = head.devices.local(of_part, (ROWS, ROWS, VOCAB, WHOLE), out)

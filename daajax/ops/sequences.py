@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from daajax.ops.attention import gather, key_layout
@@ -41,6 +42,20 @@ class Sequences(NamedTuple):
     back: Int[Array, "rows length"]
     reader: Int[Array, "rows places"]
     window: Int[Array, " rows"]
+
+    def reordered(self, order: Int[np.ndarray, " length"]) -> "Sequences":
+        """The same of rows whose tokens lie otherwise.
+
+        Args:
+            order: Which token lies in each place.
+        """
+        place = jnp.asarray([*np.argsort(order), len(order)], jnp.int32)
+        return self._replace(
+            source=tuple(place[part] for part in self.source),
+            copies=self.copies[:, order],
+            back=self.back[:, order],
+            reader=place[self.reader],
+        )
 
 
 def classes(count: int, *, keys: int, longest: int) -> tuple[tuple[int, int], ...]:

@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from daajax.ops.attention import sum_copies
 from daajax.ops.devices import ONE_DEVICE, Devices
 
+_TOKENS, _SLOTS = ("rows", "length"), ("rows", "scored")
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def at_sources(
@@ -32,12 +34,20 @@ def at_sources(
         sources: Where the state lies that predicts each scored token.
         owners: slot · responses + response of each; -1 for none.
         responses: K.
-        devices: That rows are cut up over.
+        devices: That rows are cut up over, and their length; a state and what it predicts lie on one of them.
     """
-    del owners, responses
-    rows = ("rows",)
-    take = devices.local(lambda x, at: jnp.take_along_axis(x, at[:, :, None], axis=1), (rows, rows), rows)
-    return take(hidden, sources)
+    del responses
+
+    def take(hidden: Array, sources: Array, owners: Array) -> Array:
+        return jnp.take_along_axis(hidden, _here(hidden.shape[1], sources, owners, devices)[:, :, None], axis=1)
+
+    return devices.local(take, (_TOKENS, _SLOTS, _SLOTS), _SLOTS)(hidden, sources, owners)
+
+
+def _here(length: int, sources: Array, owners: Array, devices: Devices) -> Array:
+    """Where states lie among the `length` that this device has of each row."""
+    begin = devices.index("length") * length
+    return jnp.where(owners >= 0, sources - begin, 0)
 
 
 def _at_sources_forward(hidden, sources, owners, responses, devices):
@@ -45,11 +55,12 @@ def _at_sources_forward(hidden, sources, owners, responses, devices):
 
 
 def _at_sources_backward(responses, devices, residuals, cotangent):
-    sources, owners, length = residuals
+    sources, owners, whole = residuals
+    length = whole // devices.parts("length")
 
     def pull(cotangent, sources, owners):
-        scored = sources.shape[1]
-        where = jnp.where(owners >= 0, sources * responses + owners % responses, length * responses)
+        scored, here = sources.shape[1], _here(length, sources, owners, devices)
+        where = jnp.where(owners >= 0, here * responses + owners % responses, length * responses)
 
         def slots_of(where):
             slots = jnp.full(length * responses, scored, jnp.int32)
@@ -57,8 +68,7 @@ def _at_sources_backward(responses, devices, residuals, cotangent):
 
         return sum_copies(cotangent, jax.vmap(slots_of)(where))
 
-    rows = ("rows",)
-    return devices.local(pull, (rows, rows, rows), rows)(cotangent, sources, owners), None, None
+    return devices.local(pull, (_SLOTS, _SLOTS, _SLOTS), _TOKENS)(cotangent, sources, owners), None, None
 
 
 at_sources.defvjp(_at_sources_forward, _at_sources_backward)
@@ -104,7 +114,7 @@ class Chunks(NamedTuple):
         size = chunk_slots(real.shape[1], real.shape[0], limit)
         last = jnp.where(real, jnp.arange(1, real.shape[1] + 1)[None], 0).max()
         if devices.parts("vocab") > 1:
-            last = devices.max(last, "rows")
+            last = devices.max(last, "tokens")
         return cls(size, (last + size - 1) // size)
 
     def take(self, values: Any, step: Array) -> Any:

@@ -26,8 +26,8 @@ BITS = 32  # that a range of keys is packed into
 
 def splash(
     queries: Float[Array, "rows length heads head_dim"],
-    keys: Float[Array, "rows length kv_heads head_dim"],
-    values: Float[Array, "rows length kv_heads head_dim"],
+    keys: Float[Array, "rows row kv_heads head_dim"],
+    values: Float[Array, "rows row kv_heads head_dim"],
     layout: KeyLayout,
     *,
     scale: float | None = None,

@@ -15,7 +15,7 @@ def random_sizes(examples, seed=0):
     rng = np.random.default_rng(seed)
     tokens = np.clip(rng.lognormal(5.5, 0.7, examples), 16, 1024).astype(np.int64)
     scored = (tokens * rng.uniform(0.2, 0.9, examples)).astype(np.int64)
-    return Sizes(tokens, tokens, scored, tokens, prefix_sharing=True)
+    return Sizes(tokens, tokens, scored, tokens, prefix_sharing=True, predicted=2)
 
 
 def windows_of(examples=101, *, batch_size=8, updates=40, shuffle=True, seed=3, data_seed=0):
@@ -94,7 +94,7 @@ AS_EVER = [
 def test_windows_are_those_that_a_seed_has_always_meant(shape, mixture, digest):
     examples, batch_size, updates = shape
     tokens = np.random.default_rng(0).integers(16, 1024, examples)  # integers, which every machine draws alike
-    sizes = Sizes(tokens, tokens, tokens // 3, tokens, prefix_sharing=True)
+    sizes = Sizes(tokens, tokens, tokens // 3, tokens, prefix_sharing=True, predicted=2)
     if mixture:
         cuts = np.cumsum(mixture["counts"])[:-1]
         mixture = dict(sources=np.split(np.arange(examples), cuts), shares=mixture["shares"])
