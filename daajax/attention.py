@@ -212,12 +212,18 @@ def _off_cudnn(a: Architecture, dtype: jax.typing.DTypeLike, device: Any, device
 
 
 def _splash(a: Architecture, longest: int | None) -> tuple[Any, Attend]:
-    from daajax.ops.splash import splash  # here: a second of imports that only TPUs need
+    from daajax.ops.splash import check, splash  # here: a second of imports that only TPUs need
 
-    return _gathered(splash)(a, longest)
+    see, attend = _gathered(splash)(a, longest)
+
+    def see_checked(batch: Batch, keys: int, order: Order) -> Any:
+        check(keys, [kind.sliding_window for kind in a.kinds])
+        return see(batch, keys, order)
+
+    return see_checked, attend
 
 
-_GATHERED = KeyLayout(_ROWS, _ROWS, _QUERIES, _QUERIES)  # pyright: ignore[reportArgumentType] - axes in place of arrays
+_GATHERED = KeyLayout(_ROWS, _ROWS, _ROWS, _QUERIES, _QUERIES)  # pyright: ignore[reportArgumentType] - axes in place of arrays
 
 ATTENTION = {
     "splash": Attention(_splash, _GATHERED, _off_tpu),

@@ -28,9 +28,9 @@ CAPPED = dataclasses.replace(MODEL, attn_logit_softcapping=50.0)
 WIDE = dataclasses.replace(MODEL, head_dim=256)
 
 
-def choose(monkeypatch, name, device, architecture=MODEL, dtype="bfloat16"):
+def choose(monkeypatch, name, device, architecture=MODEL, dtype="bfloat16", sizes=()):
     monkeypatch.setattr(sharding, "device_of", lambda mesh: device)
-    return attention.choose(name, architecture, mesh_of(), jnp.dtype(dtype))
+    return attention.choose(name, architecture, mesh_of(*sizes), jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,13 @@ def test_an_attention_that_does_not_serve_is_refused_with_those_that_do(
     assert says in str(error.value)
 
 
+def test_rows_that_are_cut_over_more_devices_than_there_are_key_value_heads_are_not_for_cudnn(monkeypatch):
+    assert choose(monkeypatch, "auto", H200, sizes=(1, 4, 1, 2)).name == "cudnn"  # of two heads one each
+    chosen = choose(monkeypatch, "auto", H200, sizes=(1, 2, 1, 4))
+    assert chosen.name == "blockwise"
+    assert "2 key-value heads do not divide over mesh.tensor=1 × mesh.context=4" in chosen.why
+
+
 @pytest.mark.parametrize(("name", "devices"), [("dense", (CPU,)), ("blockwise", (CPU, TPU, H200))])
 def test_what_is_asked_for_is_taken_wherever_it_serves(monkeypatch, name, devices):
     for device in devices:
@@ -106,7 +113,7 @@ def anywhere(monkeypatch):
             see, attend = way.make(architecture, longest)
             return see, functools.partial(attend, **options)
 
-        return attention.Attention(make)
+        return dataclasses.replace(way, make=make, lacks=lambda *_: None)
 
     there = attention.ATTENTION
     twins = dict(cudnn=twin(there["cudnn"], implementation="xla"), splash=twin(there["splash"], interpret=True))

@@ -27,6 +27,7 @@ class KeyLayout(NamedTuple):
 
     Attributes:
         source: Position in the row of each gathered key; 0 where there is none.
+        begins: First gathered key of the sequence that each gathered key belongs to; 0 where there is none.
         copies: Gathered index of each position's copy in each branch; `keys` where there is none.
         first: First gathered key that each query sees.
         last: Last one, the query's own key; smaller than `first` for padding, which sees nothing.
@@ -35,6 +36,7 @@ class KeyLayout(NamedTuple):
     """
 
     source: Int[Array, "rows keys"]
+    begins: Int[Array, "rows keys"]
     copies: Int[Array, "rows length responses"]
     first: Int[Array, "rows queries"]
     last: Int[Array, "rows queries"]
@@ -46,7 +48,7 @@ class KeyLayout(NamedTuple):
             order: Which token lies in each place.
         """
         source = jnp.asarray(np.argsort(order), jnp.int32)[self.source]
-        return KeyLayout(source, *(x[:, order] for x in (self.copies, self.first, self.last)))
+        return KeyLayout(source, self.begins, *(x[:, order] for x in (self.copies, self.first, self.last)))
 
 
 def visible(
@@ -147,7 +149,8 @@ def _row_key_layout(segments, branches, *, responses, keys, window) -> KeyLayout
     first, last = jnp.where(seen, first, 0), jnp.where(seen, last, -1)
     copies = jnp.where(member, copies, keys)
     source = jnp.zeros(keys, jnp.int32).at[copies].set(index[:, None], mode="drop")
-    return KeyLayout(source, copies, first, last)
+    begins = jnp.zeros(keys, jnp.int32).at[copies].set(group, mode="drop")
+    return KeyLayout(source, begins, copies, first, last)
 
 
 def _exclusive_cumsum(x: Array, axis: int = 0) -> Array:

@@ -2,12 +2,14 @@
 
 The kernel is given no mask. It visits the blocks of keys that `_visits` marks, and inside a block computes who sees
 what from one number a query: the range of gathered keys `first … last` of `daajax.ops.attention.KeyLayout`, packed
-into 32 bits. That is the whole rule, windows included, so that the kernel needs no segment ids.
+into 32 bits. That is the whole rule, windows included, so that the kernel needs no segment ids. Only where a row
+gathers so many keys that a range of any two does not fit, ids of sequences say where queries without a window begin.
 
 Its interfaces are semi-public: `MaskInfo` is filled by hand here, which the tests do in interpret mode as well.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,18 +46,10 @@ def splash(
         scale: Multiplies the scores; None: 1 / √head_dim.
         softcap: Scores s become c·tanh(s/c); None: they stay.
         interpret: Whether XLA computes what the kernel would, on any platform: slow, for tests.
-
-    Raises:
-        UserError: If a range of keys does not fit the bits that it is packed into.
     """
     rows, length, _, head_dim = queries.shape
     capacity = layout.source.shape[1]
     bits = capacity.bit_length()
-    if 2 * bits > BITS:
-        raise UserError(
-            f"rows gather {capacity:,} keys and {2 ** (BITS // 2) - 1:,} are the most of attention=splash; "
-            "use more and shorter rows (packing.rows, packing.row_length, micro_batches), or attention=blockwise."
-        )
     block, key_block = _block(length), _block(capacity)
     attend = _by_kernel(bits, block, key_block, softcap, interpret, queries.dtype == jnp.float32)
 
@@ -68,11 +62,50 @@ def splash(
     queries = heads_first(queries * (head_dim**-0.5 if scale is None else scale), block)
     keys, values = (heads_first(gather_keys(x, layout), key_block) for x in (keys, values))
     visits = jax.vmap(functools.partial(_visits, block=block, key_block=key_block, keys=keys.shape[2]))
-    each = (queries, keys, values, (last - first) << bits | last, visits(first, last, jnp.pad(seen, padding)))
+    ranges = jnp.minimum(last - first, _widest(bits)) << bits | last
+    segments = None
+    if _needs_segments(bits):
+        of_queries = jnp.take_along_axis(layout.begins, last, axis=1)
+        of_keys = jnp.pad(layout.begins, ((0, 0), (0, -capacity % key_block)), constant_values=-1)
+        segments = kernel.SegmentIds(of_queries, of_keys)
+    each = (queries, keys, values, ranges, visits(first, last, jnp.pad(seen, padding)), segments)
     # One row at a time, as the chip would take them anyway.
-    output = attend(*(x[0] for x in each))[None] if rows == 1 else jax.lax.map(lambda row: attend(*row), each)
+    if rows == 1:
+        output = attend(*jax.tree.map(lambda x: x[0], each))[None]
+    else:
+        output = jax.lax.map(lambda row: attend(*row), each)
     output = output.transpose(0, 2, 1, 3)[:, :length]
     return jnp.where(seen[:, :, None, None], output, 0)
+
+
+def check(capacity: int, windows: Sequence[int | None]) -> None:
+    """Refuses a window that cannot be told from none in rows of so many gathered keys.
+
+    Args:
+        capacity: Gathered keys of a row.
+        windows: Of the layers, tokens; None: there is none.
+
+    Raises:
+        UserError: If there is such a one.
+    """
+    bits = capacity.bit_length()
+    widest = max((window for window in windows if window is not None), default=0)
+    if _needs_segments(bits) and widest > _widest(bits):
+        raise UserError(
+            f"rows gather {capacity:,} keys, beside which attention=splash tells windows of at most "
+            f"{_widest(bits):,} tokens, not {widest:,}; use more and shorter rows (packing.rows, packing.row_length, "
+            "micro_batches), or attention=blockwise."
+        )
+
+
+def _needs_segments(bits: int) -> bool:
+    """Whether a range of any two keys that take so many bits is more than can be packed."""
+    return 2 * bits > BITS
+
+
+def _widest(bits: int) -> int:
+    """Keys that the widest range has before its last one; where segments are needed, it stands for wider ones too."""
+    return 2 ** (BITS - bits) - 1
 
 
 def _block(size: int) -> int:
@@ -100,7 +133,7 @@ def _visits(
 
 
 def _by_kernel(bits: int, block: int, key_block: int, softcap: float | None, interpret: bool, exact: bool) -> Any:
-    """Attention of one row, of queries, keys and values with heads in front, packed ranges, and visits."""
+    """Attention of one row: of queries, keys and values with heads in front, packed ranges, visits and segments."""
     sizes = kernel.BlockSizes(
         block_q=block,
         block_kv=key_block,
@@ -112,7 +145,7 @@ def _by_kernel(bits: int, block: int, key_block: int, softcap: float | None, int
         block_kv_dq=key_block,
     )
 
-    def attend(queries: Array, keys: Array, values: Array, ranges: Array, visits: Array) -> Any:
+    def attend(queries: Array, keys: Array, values: Array, ranges: Array, visits: Array, segments: Any) -> Any:
         by_query = _mask_info(visits, ranges, axis=1)
         return kernel.SplashAttentionKernel(
             by_query,
@@ -126,24 +159,24 @@ def _by_kernel(bits: int, block: int, key_block: int, softcap: float | None, int
             residual_checkpoint_name="attention",
             mask_function=_sees(bits),
             interpret=interpret,
-        )(queries, keys, values)
+        )(queries, keys, values, segments)
 
     if not exact:
         return attend
 
     # Float32 means float32 in both directions, and the kernel asks the context; the backward pass is traced in another.
     @jax.custom_vjp
-    def exactly(*operands: Array) -> Array:
+    def exactly(*operands: Any) -> Array:
         with jax.default_matmul_precision("highest"):
             return attend(*operands)
 
-    def forward(*operands: Array) -> tuple[Array, Any]:
+    def forward(*operands: Any) -> tuple[Array, Any]:
         with jax.default_matmul_precision("highest"):
             return jax.vjp(lambda *arrays: attend(*arrays, *operands[3:]), *operands[:3])
 
     def backward(pull: Any, cotangent: Array) -> tuple[Array | None, ...]:
         with jax.default_matmul_precision("highest"):
-            return (*pull(cotangent), None, None)
+            return (*pull(cotangent), None, None, None)
 
     exactly.defvjp(forward, backward)
     return exactly
@@ -152,10 +185,12 @@ def _by_kernel(bits: int, block: int, key_block: int, softcap: float | None, int
 @functools.cache
 def _sees(bits: int) -> Any:
     """The rule inside a block: from a packed range and the index of a gathered key; one function for each width."""
+    widest = _widest(bits) if _needs_segments(bits) else None
 
     def sees(ranges: Array, index: Array) -> Array:
-        last = ranges & (1 << bits) - 1
-        return (index <= last) & (index >= last - jax.lax.shift_right_logical(ranges, jnp.full_like(ranges, bits)))
+        last, before = ranges & (1 << bits) - 1, jax.lax.shift_right_logical(ranges, jnp.full_like(ranges, bits))
+        begins = index >= last - before
+        return (index <= last) & (begins if widest is None else begins | (before == widest))
 
     return sees
 

@@ -8,7 +8,6 @@ import pytest
 
 from daajax.errors import UserError
 from daajax.ops import splash
-from daajax.ops.attention import KeyLayout
 from tests.ops.rows import (
     CASES,
     CASES_AND_WINDOWS,
@@ -94,9 +93,23 @@ def test_a_range_of_any_two_keys_is_told_by_its_32_bits():
     np.testing.assert_array_equal(found, (first <= key) & (key <= last))
 
 
-def test_rows_that_gather_more_keys_than_a_range_can_tell_are_refused():
-    x = jnp.zeros((1, 128, 1, 8))
-    none = jnp.zeros((1, 128), jnp.int32)
-    layout = KeyLayout(jnp.zeros((1, 2**16), jnp.int32), none[:, :, None], none, none)
-    with pytest.raises(UserError, match=r"65,536 keys.*65,535 are the most.*attention=blockwise"):
-        interpreted(x, x, x, layout)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["long", "long, own prompts"])
+def test_rows_that_gather_more_keys_than_a_range_can_tell_are_the_rule(monkeypatch, name):
+    monkeypatch.setattr(splash, "BITS", 18)  # 10 for one of 640 keys, 8 for how many there are before it
+    splash._sees.cache_clear()
+    attend = functools.partial(interpreted)
+    for window in (None, 150):
+        splash.check(640, [window])
+        rows = CASES[name]
+        arrays = operands(rows)
+        found = output_and_gradients(attend, key_layout(rows, window), *arrays)
+        assert_near(found, by_the_rule(rows, *arrays, window), 5e-6)
+    splash._sees.cache_clear()
+
+
+def test_a_window_that_a_range_cannot_tell_is_refused():
+    splash.check(65_535, [4096, 2**16, None])
+    splash.check(131_072, [2**14 - 1, None])
+    with pytest.raises(UserError, match=r"131,072 keys.*windows of at most 16,383 tokens, not 32,768.*blockwise"):
+        splash.check(131_072, [32_768, None])
