@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.preferences import MIXES, make_data
-from daajax.attention import ATTENTION
+from daajax.attention import ATTENTION, make
 from daajax.data.batches import Batches
 from daajax.data.packing import pack
 from daajax.data.sizes import Sizes
 from daajax.data.tokens import TokenizedData
 from daajax.data.windows import training_windows
 from daajax.models.architecture import Architecture, Norm
+from daajax.ops.devices import ONE_DEVICE
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest entry; bfloat16 rounds to 2**-8 many times over
 
@@ -170,7 +171,7 @@ def measure(mix: str, pairs: int, model: Architecture, names: Sequence[str], rep
     ways = {"padded": loss(*make_padded(layer, data.lengths[:, 0]))}
     longest = int((data.lengths[:, :1] + data.lengths[:, 1:]).max())
     for name in names:
-        see, attend = ATTENTION[name].make(model, longest)
+        see, attend = make(name, model, ONE_DEVICE, longest=longest)
         seen = jax.jit(see, static_argnums=1)(layer.batch, layer.keys)
         ways[name] = loss(functools.partial(_seen, attend, seen), layer.cotangent)
     results = {name: jax.block_until_ready(way(*layer.operands)) for name, way in ways.items()}
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
     given, device = parser.parse_args(), jax.devices()[0]
     model = layer(given.heads, given.kv_heads, given.head_dim)
-    lacking = {name: way.lacks(model, given.dtype, device) for name, way in ATTENTION.items()}
+    lacking = {name: way.lacks(model, given.dtype, device, ONE_DEVICE) for name, way in ATTENTION.items()}
     print(f"{platform.machine()}, {device.device_kind}, jax {jax.__version__}, {vars(given)}")
     for name, lack in lacking.items():
         if lack is not None:

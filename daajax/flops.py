@@ -325,18 +325,22 @@ def _by_update(plan: Plan, work: Work) -> Work:
 def _visited(
     plan: Plan, scored: Int[np.ndarray, " examples"], parts: int, *, by_row: bool, is_vocabulary_cut: bool = False
 ) -> Float[np.ndarray, " updates"]:
-    """Scored slots that the head visits, in whole chunks: of each row, or of a device's up to the fullest's last."""
+    """Scored slots that the head visits, in whole chunks: of each row, or of a device's up to the fullest's last.
+
+    Where rows are cut, each part is taken to have as many.
+    """
     real = plan.windows >= 0
     rows = np.zeros((plan.updates, plan.micro_batches * plan.rows), np.int64)
     np.add.at(rows, (np.nonzero(real)[0], plan.row_of[real]), scored[plan.windows[real]])
     room = np.array([plan.shape(update).scored for update in range(plan.updates)])
     together = 1 if by_row else plan.rows // parts
-    size = np.array([chunk_slots(slots, together, CHUNK) for slots in room.tolist()])[:, None, None, None]
+    size = np.array([chunk_slots(slots // plan.parts, together, CHUNK) for slots in room.tolist()])
+    size = size[:, None, None, None]
     # By update, micro-batch, device, and rows that are taken one after another.
-    last = rows.reshape(plan.updates, plan.micro_batches, parts, -1, together).max(axis=4)
+    last = rows.reshape(plan.updates, plan.micro_batches, parts, -1, together).max(axis=4) / plan.parts
     if is_vocabulary_cut:
         last = np.broadcast_to(last.max(axis=2, keepdims=True), last.shape)
-    return (np.ceil(last / size) * size * together).sum(axis=(1, 2, 3))
+    return (np.ceil(last / size) * size * together * plan.parts).sum(axis=(1, 2, 3))
 
 
 def _padded(plan: Plan, work: Work, visited: np.ndarray, layers: int, kernel: Kernel) -> Work:

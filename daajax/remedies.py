@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import optax
 
 from daajax.config import Config, has_adapters, hyperparameters
-from daajax.data.packing import LENGTH_MULTIPLE, parse_row_length
+from daajax.data.packing import parse_row_length
+from daajax.data.parts import length_multiple
 from daajax.folder import may_change
 from daajax.models.remat import REMAT
 from daajax.optimizer import OPTIMIZERS, holds_moments, make_optimizer
@@ -73,17 +74,26 @@ def _of_work(config: Config, mesh: Mapping[str, int], head: str | None) -> list[
 
 
 def _smaller_parts(config: Config, mesh: Mapping[str, int]) -> Remedy | None:
-    """Twice as many micro-batches, with half the rows or half a row's tokens in each where these are fixed."""
+    """Twice as many micro-batches, with half the rows or half a row's tokens in each where these are fixed.
+
+    Where rows would be left without an example, half as many of them, each cut over twice as many devices.
+    """
     packing, parts, multiple = config.packing, config.micro_batches, mesh["data"] * mesh["fsdp"]
-    if 2 * parts * multiple > config.batch_size:  # rows would be left without an example
-        return None
     rows, length, twice = packing.rows, parse_row_length(packing.row_length), (2 * parts, parts)
+    if 2 * parts * multiple > config.batch_size:
+        fsdp, context = mesh["fsdp"], mesh["context"]
+        if rows is not None or length is not None:
+            return None
+        if fsdp % 2 or parts * multiple > config.batch_size:
+            return Remedy({"mesh.context": (2 * context, context)}, condition="with more devices, ")
+        cut = {"mesh.fsdp": (fsdp // 2, fsdp), "mesh.context": (2 * context, context)}
+        return Remedy({**cut, "micro_batches": twice})
     # Rows of one example each get fewer unless their number is fixed; rows of several get shorter unless that is.
     if (length is None) if packing.enabled else (rows is None):
         return Remedy({"micro_batches": twice})
     if rows is not None and (fewer := _half(rows, multiple)) < rows:
         return Remedy({"packing.rows": (fewer, rows), "micro_batches": twice})
-    if packing.enabled and length is not None and (shorter := _half(length, LENGTH_MULTIPLE)) < length:
+    if packing.enabled and length is not None and (shorter := _half(length, _multiple(mesh))) < length:
         return Remedy({"packing.row_length": (shorter, length), "micro_batches": twice})
     return None
 
@@ -94,7 +104,7 @@ def _less_to_learn_from(config: Config, mesh: Mapping[str, int]) -> list[Remedy]
     length, halved = parse_row_length(packing.row_length), (batch // 2, batch)
     fills_rows = batch // 2 >= config.micro_batches * mesh["data"] * mesh["fsdp"]
     if length is not None:
-        shorter = _half(length, LENGTH_MULTIPLE)
+        shorter = _half(length, _multiple(mesh))
         fits = fills_rows and packing.enabled and shorter < length
         return [Remedy({"packing.row_length": (shorter, length), "batch_size": halved})] if fits else []
     found = [Remedy({"max_length": (longest // 2, longest)})] if longest >= 4 else []
@@ -124,6 +134,10 @@ def _of_state(config: Config, mesh: Mapping[str, int], platform: str) -> list[Re
         found.append(Remedy({"lora.quantization": ("nf4", None)}))
     found.append(Remedy({"mesh.fsdp": (2 * fsdp, fsdp)}, condition="with more devices, "))
     return found
+
+
+def _multiple(mesh: Mapping[str, int]) -> int:
+    return length_multiple(mesh["context"])
 
 
 def _half(value: int, multiple: int) -> int:

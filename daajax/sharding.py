@@ -188,7 +188,7 @@ def describe(shapes: Any, shardings: Any) -> list[str]:
     for (path, shape), where in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
         size = math.prod(where.shard_shape(shape.shape)) * shape.dtype.itemsize
         total += size
-        cuts = ", ".join("-" if axis is None else str(axis) for axis in where.spec)
+        cuts = ", ".join(" × ".join(_mesh_axes(axes)) or "-" for axes in where.spec)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rows.append((name, " × ".join(map(str, shape.shape)), str(shape.dtype), f"({cuts})", f"{size:,}"))
     rows.append(("all", "", "", "", f"{total:,}"))

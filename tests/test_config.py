@@ -118,6 +118,7 @@ CASES = {  # option: what is changed, and what must change with it
     "mesh.data": (["mesh.data=2", "mesh.fsdp=4"], seen_mesh),
     "mesh.fsdp": (["mesh.data=2", "mesh.fsdp=4"], seen_mesh),
     "mesh.tensor": (["mesh.tensor=2"], seen_mesh),
+    "mesh.context": (["mesh.context=2"], seen_mesh),
     "micro_batches": (["micro_batches=2"], seen_plan),
     "lora.alpha": (["lora.rank=4", "lora.alpha=32.0"], seen_scorer),
     "lora.modules_to_save": (["lora.rank=4", "lora.modules_to_save=('norm',)"], seen_scorer),
@@ -359,5 +360,6 @@ def test_the_names_of_the_design_are_there():
     max_prompt_length batch_size micro_batches steps epochs packing.enabled packing.prefix_sharing packing.rows
     packing.row_length packing.shapes loss extra_losses reference.mode reference.path reference.cache_dir optimizer.name
     optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.weight_decay optimizer.b1 optimizer.b2
-    optimizer.eps optimizer.max_grad_norm mesh.data mesh.fsdp mesh.tensor attention remat log.every check_first_loss"""
+    optimizer.eps optimizer.max_grad_norm mesh.data mesh.fsdp mesh.tensor mesh.context attention remat log.every
+    check_first_loss"""
     assert set(promised.split()) <= set(LEAVES)

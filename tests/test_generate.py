@@ -206,8 +206,11 @@ def test_the_command_prints_what_it_samples_on_a_mesh(path):
         (["--model=MODEL", "--prompt=a", "--top_k=0"], "top_k=0"),
         (["--model=MODEL", "--prompt=a", "--batch_size=0"], "batch_size=0"),
         (["--model=MODEL", "--prompt=a", "--dtype=float8"], "float8"),
-        (["--model=MODEL", "--prompt=a", "--mesh=nope=2"], "--mesh=nope=2: axes of data, fsdp, tensor are needed"),
-        (["--model=MODEL", "--prompt=a", "--mesh=data"], "--mesh=data: axes of data, fsdp, tensor are needed"),
+        (
+            ["--model=MODEL", "--prompt=a", "--mesh=nope=2"],
+            "--mesh=nope=2: axes of data, fsdp, tensor, context are needed",
+        ),
+        (["--model=MODEL", "--prompt=a", "--mesh=data"], "--mesh=data: axes of data, fsdp, tensor, context are needed"),
         (["--model=MODEL", "--prompt=a", "--mesh=data=3"], "needs 3 devices but 1 are visible"),
         (["--model=MODEL", "--prompt=a", "--limit=2"], "--limit=2"),
         (["--model=MODEL", "--prompt=a", "--chat"], "chat template"),

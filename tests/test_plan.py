@@ -85,7 +85,7 @@ def test_the_report_says_memory_arithmetic_time_what_is_sent_and_that_it_fits(pl
     values = report.as_values(planned[0])
     json.dumps(values)
     assert values["fits"]
-    assert values["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert values["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
 
 
 def test_a_layers_weights_are_gathered_in_the_loops_over_layers(planned):
@@ -235,10 +235,11 @@ def test_assumed_data_have_what_every_loss_reads(name):
 def test_meshes_cut_heads_evenly_and_stay_within_a_host_of_gpus():
     architecture = architecture_of(SHAPES["llama-3.1-8b"])
     found = list(meshes(machines(of_host=4), architecture))
-    assert (1, 8, 1) in found
-    assert (2, 1, 4) in found
-    assert all(data * fsdp * tensor == 8 and tensor <= 4 for data, fsdp, tensor in found)
-    assert len(found) == len(set(found)) == 4 + 3 + 2
+    assert (1, 8, 1, 1) in found
+    assert (2, 1, 4, 1) in found
+    assert (1, 2, 1, 4) in found
+    assert all(data * fsdp * tensor * context == 8 and tensor <= 4 for data, fsdp, tensor, context in found)
+    assert len(found) == len(set(found)) == (4 + 3 + 2) + (3 + 2 + 1)  # replicas, and rows that are cut
 
 
 def test_the_readme_has_the_table_that_was_recorded():

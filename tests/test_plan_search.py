@@ -27,6 +27,7 @@ def test_candidates_come_in_the_order_of_time(counted):
     options = [one.options for one in counted]
     assert {one["remat"] for one in options} == set(REMAT)
     assert {one["mesh.tensor"] for one in options} == {1, 2, 4}
+    assert {one["mesh.context"] for one in options} == {1, 2, 4, 8}
     assert {one["micro_batches"] for one in options} >= {1, 2}
     assert {one["packing.rows"] for one in options} >= {None, 16}
 

@@ -102,12 +102,14 @@ def test_a_muted_console_says_nothing(monkeypatch, capsys):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mesh_sizes", [dict(data=2, fsdp=4, tensor=1), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh_sizes", [dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=4)], ids=str
+)
 @pytest.mark.parametrize("of", [2, 4])
 def test_processes_fill_their_own_rows_of_one_batch(monkeypatch, mesh_sizes, of):
     mesh = sharding.make_mesh(mesh_sizes)
     data = tokenized_data(random_examples(24))
-    plan = planned(data, row_multiple=8)
+    plan = planned(data, row_multiple=8, parts=sharding.length_parts(mesh))
     whole = Batches(data, plan, draws=["gumbel"], seed=3)
     found = []
     for number in range(of):
@@ -194,8 +196,8 @@ CASES = {  # name: recipe, flags; every objective that is coupled over the batch
 MESHES = {  # processes, devices of each: mesh of each case
     (2, 4): {"dpo": dict(fsdp=4, tensor=2), "kto": dict(data=8, fsdp=1), "coupled": dict(data=2, fsdp=2, tensor=2)},
     (4, 2): {"dpo": dict(fsdp=8), "coupled": dict(fsdp=4, tensor=2)},
-    # Heads and vocabulary cut between processes.
-    (2, 1): {"dpo": dict(fsdp=1, tensor=2), "lora": dict(fsdp=2)},
+    # Heads and vocabulary cut between processes, and the length of rows.
+    (2, 1): {"dpo": dict(fsdp=1, tensor=2), "lora": dict(fsdp=2), "kto": dict(fsdp=1, context=2)},
 }
 
 

@@ -13,8 +13,8 @@ from daajax.folder import may_change
 from daajax.remedies import OFFERED, remedies
 from tests.data.test_windows import random_sizes
 
-ONE, FOUR = dict(data=1, fsdp=1, tensor=1), dict(data=1, fsdp=4, tensor=1)
-REPLICAS = dict(data=2, fsdp=2, tensor=1)
+ONE, FOUR = dict(data=1, fsdp=1, tensor=1, context=1), dict(data=1, fsdp=4, tensor=1, context=1)
+REPLICAS, CUT = dict(data=2, fsdp=2, tensor=1, context=1), dict(data=1, fsdp=1, tensor=1, context=4)
 
 
 def config_of(**options):
@@ -44,8 +44,12 @@ FIXED = {"packing.row_length": "1024"}
         ({}, ONE, "row", ["micro_batches=2 in place of 1", "remat=dots in place of", "head=token in place of auto"]),
         ({}, ONE, "token", ["micro_batches=2", "remat=dots", "with more devices, set mesh.fsdp=2 in place of 1"]),
         ({"remat": "save_attention"}, FOUR, None, ["micro_batches=2", "remat=full in place of save_att", "=8 in"]),
-        # Two micro-batches of four devices' rows would leave rows without a pair.
-        ({"batch_size": 4, "remat": "full"}, FOUR, None, ["mesh.fsdp=8", "max_length=1024 in place of 2048" + NEW]),
+        # Two micro-batches of four devices' rows would leave rows without a pair: half as many, cut over two each.
+        ({"batch_size": 4, "remat": "full"}, FOUR, None,
+         ["mesh.fsdp=2 and mesh.context=2 and micro_batches=2 in place of 4 and 1 and 1", "mesh.fsdp=8",
+          "max_length=1024 in place of 2048" + NEW]),
+        ({"batch_size": 1, "remat": "full"}, CUT, None, ["with more devices, set mesh.context=8 in", "=2 in"]),
+        ({"packing.row_length": "2048", "remat": "full"}, CUT, None, ["packing.row_length=1024 and micro_batches=2"]),
         # As many tokens whatever is in them: rows of half the length, or half the rows, in twice as many parts.
         (FIXED, ONE, None, ["packing.row_length=512 and micro_batches=2 in place of 1024 and 1", "remat=dots"]),
         (FIXED | {"packing.rows": 8}, FOUR, None, ["packing.rows=4 and micro_batches=2 in place of 8 and 1", "remat"]),
@@ -53,7 +57,7 @@ FIXED = {"packing.row_length": "1024"}
         ({"packing.row_length": "128", "remat": "full"}, ONE, None, ["with more devices, set mesh.fsdp=2"]),
         ({"packing.enabled": False, "packing.rows": 64}, ONE, None, ["packing.rows=32 and micro_batches=2", "remat"]),
         ({"packing.rows": 4}, FOUR, None, ["set micro_batches=2 in place of 1", "remat=dots"]),
-        ({"max_length": 3, "batch_size": 1, "remat": "full"}, ONE, None, ["mesh.fsdp=2", "mu_dtype", "lora.rank"]),
+        ({"max_length": 3, "batch_size": 1, "remat": "full"}, ONE, None, ["mesh.context=2", "mesh.fsdp=2", "mu_dtype"]),
     ],
 )  # fmt: skip
 def test_what_leaves_the_numbers_of_a_large_update_alone_comes_first(options, mesh, head, wanted):
@@ -99,7 +103,7 @@ CONFIGS = [
 
 
 CASES = [(ONE, False, "cpu", "row"), (FOUR, True, "gpu", "token"), (REPLICAS, False, "tpu", "token"),
-         (REPLICAS, True, "cpu", "row")]  # fmt: skip
+         (REPLICAS, True, "cpu", "row"), (CUT, False, "tpu", "token")]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", CONFIGS, ids=lambda options: " ".join(map(str, options)))

@@ -243,7 +243,7 @@ def test_two_nodes_train_as_one_are_stopped_and_go_on(cluster, tmp_path):
     cluster.run("scancel", "--signal=TERM", number)
     cluster.wait_for_state(number, "COMPLETED", seconds=200)
     log = cluster.log(number)
-    assert log.count("0: devices: 2 cpu, mesh {'data': 1, 'fsdp': 2, 'tensor': 1}") == 2, log
+    assert log.count("0: devices: 2 cpu, mesh {'data': 1, 'fsdp': 2, 'tensor': 1, 'context': 1}") == 2, log
     assert "exit code 42, back into the queue" in log
     assert re.search(rf"0: resumed after update \d+ of {updates}", log)
     assert worlds.read_metrics(workdir)[-1]["step"] == updates

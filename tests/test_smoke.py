@@ -73,5 +73,5 @@ def test_a_machine_is_tried_on_every_device_of_every_process(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "devices: 2 cpu, mesh {'data': 1, 'fsdp': 2, 'tensor': 1}" in result.stdout
+    assert "devices: 2 cpu, mesh {'data': 1, 'fsdp': 2, 'tensor': 1, 'context': 1}" in result.stdout
     assert result.stdout.count("the first loss is 0.693147, ln 2 is 0.693147, 3 updates were made: it works") == 1

@@ -25,6 +25,7 @@ FIVE = {  # these the first 5 of them
     "fsdp=8": (8, ("--config.mesh.fsdp=8",)),
     "fsdp=4 tensor=2": (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2")),
     "data=8": (8, ("--config.mesh.data=8", "--config.mesh.fsdp=1")),
+    "fsdp=2 context=4": (8, ("--config.mesh.fsdp=2", "--config.mesh.context=4")),
     "packing and sharing off": (1, PACKED_OFF),
 }
 SMALL = {  # and these agree on a small case
@@ -35,6 +36,10 @@ SMALL = {  # and these agree on a small case
     "packing.shapes=2": (1, ("--config.packing.shapes=2",)),
     "attention=dense": (8, ("--config.attention=dense",)),  # rows of one pair: the mask is quadratic
     "remat=full": (1, ("--config.remat=full",)),
+    "context=4 sharing off": (
+        8,
+        ("--config.mesh.fsdp=2", "--config.mesh.context=4", "--config.packing.prefix_sharing=False"),
+    ),
     "tensor=2 all off": (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2", *PACKED_OFF)),
 }
 LAYOUTS = WHOLE | FIVE | SMALL

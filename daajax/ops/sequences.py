@@ -104,13 +104,15 @@ def sequences(
     """
     rows, length = segments.shape
     most = min(length, keys) if longest is None else min(length, keys, longest)
-    source, _, *seen = layout = key_layout(segments, branches, responses=responses, keys=keys)
+    layout = key_layout(segments, branches, responses=responses, keys=keys)
     # Gathered keys lie sequence by sequence in this very order: slot by slot, response by response.
     slot = jnp.arange(1, slots + 1, dtype=jnp.int32)
     member = (segments[:, :, None] == slot[None, None])[..., None] & (layout.copies < keys)[:, :, None]
     tokens = member.sum(axis=1, dtype=jnp.int32).reshape(rows, -1)
     shapes = classes(slots * responses, keys=keys, longest=most)
-    places = jax.vmap(functools.partial(_places, shapes=shapes))(tokens, source, *seen)
+    places = jax.vmap(functools.partial(_places, shapes=shapes))(
+        tokens, layout.source, layout.copies, layout.first, layout.last
+    )
     return Sequences(*places, window=jnp.full(rows, window, jnp.int32))
 
 

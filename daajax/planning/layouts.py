@@ -108,20 +108,23 @@ class Layout:
         """Devices that heads and MLP are cut over."""
         return sharding.MeshDevices(self.mesh).parts("heads")
 
+    @property
+    def context(self) -> int:
+        """Devices that the length of a row is cut over."""
+        return sharding.length_parts(self.mesh)
+
     @functools.cached_property
     def held(self) -> Held:
         """What a device holds."""
         state, beside = self.update.state, self.update.beside
         parameters, (optimizer, on_host) = bytes_of(state.params)[0], bytes_of(state.optimizer)
-        shape = next(iter(self.batch.values())).shape[:2]
-        where = sharding.sharding(self.mesh, ("micro_batches", "rows")).shard_shape(shape)
-        share = math.prod(where) / math.prod(shape)
+        batch = sharding.abstract(self.batch, sharding.batch_shardings(self.mesh, self.batch))
         return Held(
             parameters=parameters,
             optimizer=optimizer,
             frozen=bytes_of(beside.frozen)[0],
             reference=bytes_of((beside.reference, state.reference))[0],
-            batch=round(share * sum(value.nbytes for value in self.batch.values())),
+            batch=bytes_of(batch)[0],
             gradients=parameters,
             on_host=on_host,
         )
@@ -134,7 +137,12 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Row positions of a device, of one micro-batch."""
-        return self.rows * self.batch["tokens"].shape[2]
+        return self.rows * self.batch["tokens"].shape[2] // self.context
+
+    @property
+    def scored(self) -> int:
+        """Scored slots of a device, of one micro-batch."""
+        return self.rows * self.batch["owners"].shape[2] // self.context
 
     @functools.cached_property
     def kept(self) -> int:

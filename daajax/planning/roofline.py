@@ -4,11 +4,14 @@ An estimate and no measurement: peaks are the published ones, nothing waits, eve
 says what limits them; it does not promise a time.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from daajax.attention import ATTENTION
+from daajax.models.architecture import Architecture
 from daajax.models.lora import Lora
 from daajax.models.remat import PRODUCTS, recomputed
 from daajax.planning.compiling import Sent
@@ -92,8 +95,9 @@ def traffic(layout: Layout) -> float:
     weights = a.num_hidden_layers * layer_size(a) / layout.tensor * width
     products = product_widths(a, layout.tensor)
     of_token = a.num_hidden_layers * (sum(products.values()) + 4 * a.hidden_size) * width
-    scored = layout.batch["owners"].shape[2] * layout.rows
-    head = layout.head.products * (scored * a.vocab_size * 4 + a.vocab_size * a.hidden_size * width) / layout.tensor
+    head = (
+        layout.head.products * (layout.scored * a.vocab_size * 4 + a.vocab_size * a.hidden_size * width) / layout.tensor
+    )
     state = 2 * (held.parameters + held.optimizer) + held.frozen + 2 * held.gradients * parts
     return state + parts * (passes * (weights + layout.tokens * of_token) + head)
 
@@ -112,35 +116,64 @@ def _is_trained(lora: Lora | None) -> int:
 def expected_sent(layout: Layout) -> list[Sent]:
     """What a program for this layout sends, before it is compiled: enough to put layouts in order.
 
-    Over `fsdp` each layer is gathered in the compute dtype for the forward and for the backward pass of each
-    micro-batch, and its gradient scattered; the projection likewise, its gradient in float32; embeddings are exchanged
-    for the residual stream, and back. Over `data` gradients are summed. Over `tensor` the residual stream is summed,
-    twice a layer and pass.
+    Over `fsdp` and `context` together each layer is gathered in the compute dtype for the forward and for the backward
+    pass of each micro-batch, and its gradient scattered; the projection likewise, its gradient in float32; embeddings
+    are exchanged for the residual stream, and back. Over `data` gradients are summed. See also `waited_for`.
     """
-    a, topology = layout.subject.architecture, layout.subject.topology
-    shape, width = dict(layout.mesh.shape), np.dtype(layout.scorer.model.dtype).itemsize
-    data, fsdp, tensor = (shape[axis] for axis in ("data", "fsdp", "tensor"))
+    a, (data, fsdp, tensor, context) = layout.subject.architecture, _sizes(layout)
+    width, cut = np.dtype(layout.scorer.model.dtype).itemsize, fsdp * context
     parts, layers = layout.plan.micro_batches, a.num_hidden_layers
     of_layer, of_head = layer_size(a) / tensor, a.vocab_size * a.hidden_size / tensor
-    trained = _is_trained(layout.scorer.model.lora)
-
-    def one(kind: str, size: float, times: int, group: int, spread: int) -> Sent:
-        on_host = max(1, min(group, topology.of_host // spread))
-        received = size * (group - 1) / max(group, 1)
-        return Sent(kind, "", (), times, times > 1, True, group, received, on_host)
-
-    found = []
-    if fsdp > 1:
-        found.append(one("all-gather", of_layer * width, 2 * layers * parts, fsdp, tensor))
-        found.append(one("all-gather", of_head * width, 2 * parts, fsdp, tensor))
-        found.append(one("all-to-all", layout.tokens * a.hidden_size * width, (1 + trained) * parts, fsdp, tensor))
+    trained, one = _is_trained(layout.scorer.model.lora), functools.partial(_sent, layout.subject.topology)
+    found = waited_for(layout)
+    if cut > 1:
+        found.append(one("all-gather", of_layer * width, 2 * layers * parts, cut, tensor))
+        found.append(one("all-gather", of_head * width, 2 * parts, cut, tensor))
+        found.append(one("all-to-all", layout.tokens * a.hidden_size * width, (1 + trained) * parts, cut, tensor))
         if trained:
-            found.append(one("reduce-scatter", of_layer * width, layers * parts, fsdp, tensor))
-            found.append(one("reduce-scatter", of_head * 4, parts, fsdp, tensor))
+            found.append(one("reduce-scatter", of_layer * width, layers * parts, cut, tensor))
+            found.append(one("reduce-scatter", of_head * 4, parts, cut, tensor))
     if data > 1:
-        found.append(one("all-reduce", 2 * layout.held.gradients, 1, data, fsdp * tensor))
+        found.append(one("all-reduce", 2 * layout.held.gradients, 1, data, cut * tensor))
+    return found
+
+
+def waited_for(layout: Layout) -> list[Sent]:
+    """Of that what the next product of a layer waits for.
+
+    Over `tensor` the residual stream is summed, twice a layer and pass. Over `context` keys and values are gathered for
+    the forward and for the backward pass, and their gradient scattered; or queries, keys and values are exchanged in
+    both passes, and what attention puts out; and the gradients of all of them.
+    """
+    a, (_, _, tensor, context) = layout.subject.architecture, _sizes(layout)
+    width, passes = np.dtype(layout.scorer.model.dtype).itemsize, layout.plan.micro_batches * a.num_hidden_layers
+    one, found = functools.partial(_sent, layout.subject.topology), []
     if tensor > 1:
         again = {"o", "down"} & set(recomputed(layout.config.remat, a)) & set(PRODUCTS)
-        sums = (4 + len(again)) * layers * parts
-        found.append(one("all-reduce", 2 * layout.tokens * a.hidden_size * width, sums, tensor, 1))
+        size = 2 * layout.tokens * a.hidden_size * width
+        found.append(one("all-reduce", size, (4 + len(again)) * passes, tensor, 1))
+    if context > 1:
+        queries, keys = (layout.tokens * heads * a.head_dim / tensor * width for heads in _heads(a))
+        if ATTENTION[layout.scorer.attention.name].by_heads:
+            found.append(one("all-to-all", 3 * (queries + 2 * keys) + 2 * queries, passes, context, tensor))
+        else:
+            found.append(one("all-gather", 2 * keys * context, 2 * passes, context, tensor))
+            found.append(one("reduce-scatter", 2 * keys * context, passes, context, tensor))
     return found
+
+
+def _heads(architecture: Architecture) -> tuple[int, int]:
+    return architecture.num_attention_heads, architecture.num_key_value_heads
+
+
+def _sizes(layout: Layout) -> tuple[int, int, int, int]:
+    """Devices on each axis."""
+    shape = dict(layout.mesh.shape)
+    return shape["data"], shape["fsdp"], shape["tensor"], shape["context"]
+
+
+def _sent(topology: Topology, kind: str, size: float, times: int, group: int, spread: int) -> Sent:
+    """So many bytes of a device in a group, whose devices lie so many apart."""
+    on_host = max(1, min(group, topology.of_host // spread))
+    received = size * (group - 1) / max(group, 1)
+    return Sent(kind, "", (), times, times > 1, True, group, received, on_host)

@@ -18,6 +18,7 @@ from daajax.planning.roofline import Roofline
 from daajax.planning.topologies import Topology
 
 MOST_TENSOR = 16  # devices that heads are cut over; beyond a GPU's host they would wait for the network
+MOST_CONTEXT = 16  # devices that the length of a row is cut over
 MOST_PARTS = 16  # micro-batches
 HEADS = ("auto", "token")  # where `auto` takes `row`, which holds a row's logits, `token` needs less
 
@@ -28,7 +29,7 @@ class Candidate(NamedTuple):
     Attributes:
         options: What it sets.
         time: What it would take at least.
-        waits: Seconds of sums that what follows waits for, which `time` takes to overlap.
+        waits: Seconds of what is sent and what follows waits for, which `time` takes to overlap.
         memory: Bytes of a device that it needs at least.
     """
 
@@ -133,29 +134,30 @@ def _variants(base: Layout, options: dict[str, Any], heads: tuple[str, ...]) -> 
         seen.add((remat, layout.head.form))
         chosen = options | {"remat": remat, "head": head}
         sent = roofline.expected_sent(layout)
-        waits = roofline.link_seconds(
-            layout.subject.topology, [one for one in sent if one.kind == "all-reduce" and one.in_loop]
-        )
+        waits = roofline.link_seconds(layout.subject.topology, roofline.waited_for(layout))
         yield Candidate(chosen, roofline.estimate(layout, sent), waits, layout.least_memory)
 
 
 def bases(config: Config, subject: Subject) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Options of meshes and rows, and the heads to try with each."""
     batch_size = config.batch_size
-    for data, fsdp, tensor in meshes(subject.topology, subject.architecture):
+    for data, fsdp, tensor, context in meshes(subject.topology, subject.architecture):
         parts = 1
         while parts <= MOST_PARTS and (parts == 1 or parts * data * fsdp <= batch_size):
             rows: list[int | None] = [config.packing.rows]
             if config.packing.rows is None and config.packing.enabled and 2 * parts * data * fsdp <= batch_size:
                 rows.append(2 * data * fsdp)
             for count in rows:
-                mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+                mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "mesh.context": context}
                 yield mesh | {"micro_batches": parts, "packing.rows": count}, HEADS
             parts *= 2
 
 
-def meshes(topology: Topology, architecture: Architecture) -> Iterator[tuple[int, int, int]]:
-    """Devices on `data`, `fsdp` and `tensor`: heads cut evenly, within a host of GPUs; replicas in powers of two."""
+def meshes(topology: Topology, architecture: Architecture) -> Iterator[tuple[int, int, int, int]]:
+    """Devices on `data`, `fsdp`, `tensor` and `context`.
+
+    Heads are cut evenly, within a host of GPUs; there are replicas in powers of two, or rows cut in powers of two.
+    """
     devices = len(topology.devices)
     most = min(MOST_TENSOR, topology.of_host)
     for tensor in range(1, min(most, devices) + 1):
@@ -164,5 +166,9 @@ def meshes(topology: Topology, architecture: Architecture) -> Iterator[tuple[int
         data = 1
         while data <= devices // tensor:
             if devices // tensor % data == 0:
-                yield data, devices // tensor // data, tensor
+                yield data, devices // tensor // data, tensor, 1
             data *= 2
+        context = 2
+        while context <= MOST_CONTEXT and devices // tensor % context == 0:
+            yield 1, devices // tensor // context, tensor, context
+            context *= 2
