@@ -160,7 +160,7 @@ def traced(remat, rank, *options, config=SMALL):
     sizes = Sizes.of(data, prefix_sharing=True)
     plan = pack(np.arange(4)[None], sizes, packing=True, micro_batches=found.micro_batches, row_multiple=1)
     batch = Batches(data, plan, np.zeros(len(data.tokens), np.float32))[0]
-    shaped = sharding.abstract(batch, dict.fromkeys(batch, update._of_batch))
+    shaped = sharding.abstract(batch, sharding.batch_shardings(mesh, batch))
     program = update._jitted.trace(update.state, shaped, update.beside, plan.shape(0).keys).jaxpr
     counts = flops.of_plan(
         plan,

@@ -172,7 +172,7 @@ def _sizes(layout: Layout) -> tuple[int, int, int, int]:
     return shape["data"], shape["fsdp"], shape["tensor"], shape["context"]
 
 
-def _sent(topology: Topology, kind: str, size: float, times: int, group: int, spread: int) -> Sent:
+def _sent(topology: Topology, kind: str, size: float | int, times: int, group: int, spread: int) -> Sent:
     """So many bytes of a device in a group, whose devices lie so many apart."""
     on_host = max(1, min(group, topology.of_host // spread))
     received = size * (group - 1) / max(group, 1)
