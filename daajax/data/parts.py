@@ -1,9 +1,13 @@
 """Parts of rows: what each device has of a row whose length is cut over several.
 
 Later tokens see more keys, and one long example would keep the device that has the end of a row busy twice as long as
-the average. So a row is cut into two chunks a part, and part i has the i-th chunk from the front and the i-th from the
-back: an array's tokens lie part by part, and `order` says which of the row's they are. Scored slots lie in the part of
-the state that predicts them, filled up from the front of each part.
+the average. So a row is cut into chunks, dealt to the parts in turns, there and back: an array's tokens lie part by
+part, and `order` says which of the row's they are. With two chunks a part, from either end of the row one, a sequence
+is dealt evenly; where a prompt has several responses, keys are few again where the next one begins, and more chunks
+even that out: of random pairs the busiest of 8 parts has 1.9 times the average at worst with 2 chunks, 1.2 times with 8
+and 1.1 times with 16, and 2.2 times uncut. A chunk shorter than a block of attention would spread the block's queries.
+
+Scored slots lie in the part of the state that predicts them, filled up from the front of each part.
 """
 
 import numpy as np
@@ -11,6 +15,8 @@ from jaxtyping import Int, Shaped
 
 LENGTH_MULTIPLE = 128  # row lengths and gathered keys come in whole attention blocks
 SCORED_MULTIPLE = 8
+CHUNKS = (16, 8, 4, 2)  # of a part, the most that are not too short; each divides `LENGTH_MULTIPLE`
+LEAST_CHUNK = 512  # tokens, a block of attention
 
 
 def length_multiple(parts: int) -> int:
@@ -27,8 +33,14 @@ def order(length: int, parts: int) -> Int[np.ndarray, " length"]:
     """
     if parts == 1:
         return np.arange(length, dtype=np.int32)
-    chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
-    return np.stack([chunks[:parts], chunks[parts:][::-1]], axis=1).reshape(-1)
+    turns = np.arange(length, dtype=np.int32).reshape(_chunks(length // parts), parts, -1)
+    dealt = np.where(np.arange(len(turns))[:, None, None] % 2, turns[:, ::-1], turns)
+    return dealt.transpose(1, 0, 2).reshape(-1)
+
+
+def _chunks(tokens: int) -> int:
+    """How many chunks a part of so many tokens has."""
+    return next((count for count in CHUNKS if tokens >= count * LEAST_CHUNK), CHUNKS[-1])
 
 
 def places(length: int, parts: int) -> Int[np.ndarray, " length"]:
