@@ -76,22 +76,32 @@ def test_no_product_of_a_bfloat16_update_is_of_float32_matrices():
     assert len(list(products(text))) > 10
 
 
-MESHES = [dict(data=8), dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)]
+MESHES = [
+    dict(data=8),
+    dict(fsdp=8),
+    dict(fsdp=4, tensor=2),
+    dict(data=2, fsdp=2, tensor=2),
+    dict(fsdp=2, context=4),
+    dict(data=2, tensor=2, context=2),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_an_update_sends_what_its_mesh_needs_and_no_more(sizes):
-    mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1) | sizes)
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    mesh = sharding.make_mesh(sizes)
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    cut = mesh.shape["fsdp"] * context  # devices that parameters are cut over, besides
     flags = ["--config.batch_size=16", "--config.head=token"]
     config, _ = worlds.parse("--config.model.path=model", "--config.data.path=data", *flags)
     architecture = architecture_of(CONFIG)
     scorer = policy.make_scorer(config, architecture, mesh)
     update = run.make_update(config, scorer, scorer, bind(losses(config)), updates=1)
     data = tokenized_data(random_examples(16))
-    plan = planned(data, batch_size=16, updates=1, row_multiple=sharding.row_multiple(mesh))
+    plan = planned(
+        data, batch_size=16, updates=1, row_multiple=sharding.row_multiple(mesh), parts=context, row_length=512
+    )
     batch = Batches(data, plan, np.zeros(len(data.tokens), np.float32)).shaped(0)
     found = collectives_of(update.compile(batch, keys=plan.shape(0).keys).as_text())
     sent = [one for one in found if one.group_size > 1]
@@ -99,18 +109,25 @@ def test_an_update_sends_what_its_mesh_needs_and_no_more(sizes):
     # A layer's matrices, gathered when it is computed and again when it is differentiated: nothing else in a loop.
     widths = {hidden // tensor, kv // tensor, mlp // tensor}
     in_loop = [one for one in sent if one.in_loop and one.kind != "all-reduce"]
-    matrices = [one for one in in_loop if one.kind == "all-gather"]
+    gathered = [one for one in in_loop if one.kind == "all-gather"]
+    matrices = [one for one in gathered if len(one.shape) == 2]
     assert all(sorted(one.shape) in [sorted((hidden, width)) for width in widths] for one in matrices)
-    assert len(matrices) == (2 * 7 if fsdp > 1 else 0)
+    assert len(matrices) == (2 * 7 if cut > 1 else 0)
     assert {one.kind for one in in_loop} <= {"all-gather", "reduce-scatter"}
-    # Embeddings: hidden states of a device's own rows, there and back.
-    states = plan.rows // sharding.row_multiple(mesh) * plan.shape(0).length * hidden
+    # Rows that are cut: their keys and values, as often, and the gradients of these, of which each keeps its part.
+    tokens = plan.rows // sharding.row_multiple(mesh) * plan.shape(0).length
+    of_rows = [one for one in gathered if one not in matrices]
+    assert [np.prod(one.shape) for one in of_rows] == [tokens * kv // tensor] * (4 if context > 1 else 0)
+    scattered = [np.prod(one.shape) for one in in_loop if one.kind == "reduce-scatter" and len(one.shape) == 4]
+    assert scattered == [tokens // context * kv // tensor] * (2 if context > 1 else 0)
+    # Embeddings: hidden states of a device's own tokens, there and back.
+    states = tokens // context * hidden
     exchanged = [one for one in sent if one.kind == "all-to-all"]
-    assert sum(np.prod(one.shape) for one in exchanged) == (2 * states if fsdp > 1 else 0)
+    assert sum(np.prod(one.shape) for one in exchanged) == (2 * states if cut > 1 else 0)
     # Outside of the loops the vocabulary's projection, and numbers of examples and tokens.
     outside = [one for one in sent if one.kind == "all-gather" and not one.in_loop and one.dtype == "f32"]
     projections = [one for one in outside if np.prod(one.shape) == CONFIG["vocab_size"] // tensor * hidden]
-    assert len(projections) == (2 if fsdp > 1 else 0)
+    assert len(projections) == (2 if cut > 1 else 0)
     assert all(np.prod(one.shape) <= 4 * 16 for one in outside if one not in projections)
     # Sums over the parts of the heads and of the gated block, [tokens, embed]: two forward, and what belongs to them
     # backward, once for each matrix that they come from.
