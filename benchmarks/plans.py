@@ -4,7 +4,8 @@
     python -m benchmarks.plans --only=h200         # lines whose command has this text, the others as they are recorded
 
 Every line is a command, `python -m daajax.plan …`, which is recorded with what came of it in
-benchmarks/results/plans.json. Pairs of 1,024 tokens: a prompt of 256, responses of 384. Nothing is timed.
+benchmarks/results/plans.json. Pairs of 1,024 tokens: a prompt of 256, responses of 384; `LONG` is one whose responses
+end at token 131,072 each. Nothing is timed.
 """
 
 import argparse
@@ -18,13 +19,16 @@ from typing import Any
 RESULTS = pathlib.Path(__file__).parent / "results" / "plans.json"
 COMMON = ["--config=configs/dpo_llama.py", "--lengths=256,384,384"]
 LORA = ["--config.lora.rank=16"]
+LONG = ["--lengths=98304,32768,32768", "--config.max_length=131072"]
 
 
 def options(
-    batch_size: int, *, remat: str = "full", fsdp: int = -1, tensor: int = 1, micro_batches: int = 1
+    batch_size: int, *, remat: str = "full", fsdp: int = -1, tensor: int = 1, context: int = 1, micro_batches: int = 1
 ) -> list[str]:
     """Options of a line that differ."""
-    mesh = [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"] if tensor > 1 else []
+    mesh = [f"--config.mesh.fsdp={fsdp}"] if max(tensor, context) > 1 else []
+    mesh += [f"--config.mesh.tensor={tensor}"] if tensor > 1 else []
+    mesh += [f"--config.mesh.context={context}"] if context > 1 else []
     parts = [f"--config.micro_batches={micro_batches}"] if micro_batches > 1 else []
     return [f"--config.batch_size={batch_size}", f"--config.remat={remat}", *mesh, *parts]
 
@@ -35,6 +39,7 @@ LINES = [
     ["--model=llama-3.1-8b", "--topology=v5e:4x4", *options(64)],
     ["--model=llama-3.1-8b", "--topology=v6e:4x4", *options(64, remat="none")],
     ["--model=llama-3.1-8b", "--topology=h200:8", *options(64, remat="none")],
+    ["--model=llama-3.1-8b", "--topology=h200:8", *options(1, fsdp=1, context=8), *LONG],
     ["--model=llama-3.1-70b", "--topology=h200:8x8", *options(256, remat="none")],
     ["--model=llama-3.1-70b", "--topology=v5p:4x4x4", *options(64, fsdp=16, tensor=4)],
     ["--model=llama-3.1-70b", "--topology=v6e:16x16", *options(256, fsdp=64, tensor=4)],
@@ -71,12 +76,13 @@ def cells(values: dict[str, Any]) -> list[str]:
     held = sum(kinds.get(name, 0) for name in ("parameters", "optimizer", "frozen", "reference", "batch"))
     limit = max(times, key=times.__getitem__)
     model = values["model"] + (f", LoRA {values['lora_rank']}" if values["lora_rank"] else "")
-    rows = f"{values['micro_batches'] * values['rows']} × {values['row_length']:,}"
+    cut = f" / {mesh['context']}" if mesh.get("context", 1) > 1 else ""
+    rows = f"{values['micro_batches'] * values['rows']} × {values['row_length']:,}{cut}"
     peak = f"{values['peak'] / 2**30:.1f}" if values["fits"] else "does not fit"
     return [
         model,
         values["topology"],
-        " × ".join(str(mesh[axis]) for axis in ("data", "fsdp", "tensor")),
+        " × ".join(str(mesh.get(axis, 1)) for axis in ("data", "fsdp", "tensor", "context")),  # older lines have three
         values["remat"],
         rows,
         f"{held / 2**30:.1f}",
