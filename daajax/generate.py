@@ -324,9 +324,10 @@ def parse_mesh(text: str) -> dict[str, int]:
         sizes = {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
     except ValueError:
         sizes = {"": 0}
-    if not set(sizes) <= set(sharding.AXES):
-        raise UserError(f"--mesh={text}: axes of {', '.join(sharding.AXES)} are needed, such as data=2,tensor=4.")
-    return dict.fromkeys(sharding.AXES, 1) | sizes
+    axes = sharding.WHOLE_ROWS  # sampling adds one token at a time to a row
+    if not set(sizes) <= set(axes):
+        raise UserError(f"--mesh={text}: axes of {', '.join(axes)} are needed, such as data=2,tensor=4.")
+    return dict.fromkeys(axes, 1) | sizes
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ AXES = (
     "tensor",
     "context",
 )  # replicas of the model · its parameters cut up, gathered layer by layer · heads and MLP cut up · rows' length cut up
+WHOLE_ROWS = AXES[:-1]  # axes that leave a row on one device
 NEAREST = ("context", "tensor")  # axes whose devices are neighbours, the nearest last: sums over `tensor` send the most
 
 HOST = "pinned_host"  # the kind of a host's memory that its devices read by themselves
@@ -342,7 +343,8 @@ def constrain(mesh: Mesh, axes: Axes) -> Callable[[jax.Array], jax.Array]:
 def local(function: Callable[..., Any], mesh: Mesh, in_axes: Sequence[Any], out_axes: Any) -> Callable[..., Any]:
     """Runs a function on each device's part of its arguments.
 
-    It may communicate through `MeshDevices` only. What does not is differentiable: gradients of what is whole on
+    It may communicate through `MeshDevices` only. What does so by `gather` and `exchange` alone is differentiable:
+    gradients of what was gathered are summed and each device keeps its part of the sum, and those of what is whole on
     several devices are summed over them.
 
     Args:
