@@ -5,6 +5,10 @@ A checkpoint has an item for each part of the state that there is anything of, a
 JSON that says what they must be. Orbax keeps no checksum of contents, so every leaf's digest is taken on the devices
 before it is saved and compared after it is restored. What is damaged is set aside and the one before it used, both of
 it said.
+
+In a bucket a checkpoint counts once Orbax has written `commit_success.txt` into it, since no folder can be renamed
+there. Orbax's manager would ask Google's own library about the bucket, so its checkpointer is used there without it,
+and what is old is removed here.
 """
 
 import contextlib
@@ -13,7 +17,6 @@ import functools
 import hashlib
 import json
 import math
-import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from daajax import processes, sharding
+from daajax import bucket, processes, sharding
 from daajax.console import say
 from daajax.errors import UserError, one_line
 from daajax.models.digest import digests_of
@@ -37,7 +40,7 @@ BEST = {  # metric that the best checkpoint may be chosen by: whether less of it
 }
 ITEMS = ("params", "optimizer", "objectives", "reference")  # parts of a state, each of which can be restored alone
 _SPOKEN = {"optimizer": "the optimizer", "objectives": "what the objectives keep", "reference": "the reference"}
-_FOLDER, _ASIDE = "checkpoints", "damaged-checkpoints"
+_FOLDER, _ASIDE, _WHOLE = "checkpoints", "damaged-checkpoints", "commit_success.txt"
 
 
 class DamagedError(Exception):
@@ -72,15 +75,15 @@ class Checkpoints:
         best: Key of `BEST`: the best by it is kept besides; None: by nothing.
     """
 
-    def __init__(self, where: pathlib.Path, *, keep: int = 1, best: str | None = None):
-        self.folder, self.best = where / _FOLDER, best
+    def __init__(self, where: bucket.Path, *, keep: int = 1, best: str | None = None):
+        self.folder, self.best, self._keep = where / _FOLDER, best, keep
         self._aside = where / _ASIDE
         self._options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(1),  # whoever calls `save` has decided
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._best_of)]),
             cleanup_tmp_directories=True,
         )
-        self._opened: ocp.CheckpointManager | None = None  # only to save: it removes what it takes for left behind
+        self._opened: _Manager | _InBucket | None = None  # only to save: it removes what it takes for left behind
         self._records: dict[int, Record] = {}  # of what was saved since
         self._in_background: int | None = None  # update whose save is not known to have ended well
         self._failures = 0
@@ -90,6 +93,8 @@ class Checkpoints:
         """Updates that there is a checkpoint of, ascending."""
 
         def found() -> list[int]:
+            if isinstance(self.folder, bucket.BucketPath):
+                return sorted(_whole(bucket.names(self.folder)))
             if not self.folder.is_dir():
                 return []
             return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
@@ -133,12 +138,14 @@ class Checkpoints:
             UserError: If `FAILURES` saves in a row have failed.
         """
         self._settle()  # else its failure would be taken for this one's
+        if (self._opened is None and not self._succeeds(step, self._open)) or (opened := self._opened) is None:
+            return False
         self._records[step] = record = dataclasses.replace(record, leaves=_leaves(_items(state)))
         items = ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
             record=ocp.args.JsonSave({"content": _json(record), "sha256": _sha256(_json(record))}),
         )
-        if self._succeeds(step, lambda: self._manager.save(step, args=items)):
+        if self._succeeds(step, lambda: opened.save(step, args=items)):
             self._in_background = step
         if wait:
             self._settle()
@@ -279,18 +286,33 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} is damaged ({reason}); use another --step."
             ) from None
 
-    @property
-    def _manager(self) -> ocp.CheckpointManager:
-        if self._opened is None:
+    def _open(self) -> None:
+        """Makes what saves; what an interrupted save left behind is removed."""
+        if isinstance(self.folder, bucket.BucketPath):
+            if processes.is_first():
+                _remove_partial(self.folder)
+            self._opened = _InBucket(self.folder)
+        else:
             self._opened = _Manager(self.folder.absolute(), options=self._options)
-        return self._opened
 
     def _settle(self) -> None:
         """Waits for the save in the background."""
-        if self._in_background is not None:
+        if self._in_background is not None and (opened := self._opened) is not None:
             step, self._in_background = self._in_background, None
-            if self._succeeds(step, lambda: self._manager.wait_until_finished()):
+            if self._succeeds(step, lambda: opened.wait_until_finished()):
                 self._failures = 0
+                if isinstance(self.folder, bucket.BucketPath):
+                    self._remove_old(self.folder)
+
+    def _remove_old(self, folder: bucket.BucketPath) -> None:
+        """Removes the checkpoints in a bucket that are not to be kept."""
+        steps = self.steps
+        kept = {*steps[-self._keep :], self._best_of(steps)}
+        try:
+            for step in (step for step in steps if step not in kept and processes.is_first()):
+                _remove(folder / str(step))
+        except bucket.BucketError as error:
+            say(f"a checkpoint that is not needed any more could not be removed: {error} The run goes on")
 
     def _succeeds(self, step: int, act: Callable[[], object]) -> bool:
         """Does a part of a save, which may fail up to `FAILURES` times in a row; what a failure leaves is removed."""
@@ -308,8 +330,9 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             if manager is not None:
                 manager.close()
-        for left in self.folder.glob("*.orbax-checkpoint-tmp*") if processes.is_first() else ():
-            shutil.rmtree(left, ignore_errors=True)
+        if processes.is_first() and not isinstance(self.folder, bucket.BucketPath):
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
         line = f"the checkpoint of update {step} could not be saved ({failures[0]})"
         if self._failures >= FAILURES:
             raise UserError(
@@ -345,8 +368,10 @@ class Checkpoints:
         except (MemoryError, PermissionError):  # nothing is wrong with the checkpoint
             raise
         except Exception as error:  # a page of TensorStore's text, of many kinds
-            if "RESOURCE_EXHAUSTED" in str(error):
+            if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, bucket.BucketError):
                 raise
+            if bucket.is_out_of_reach(error):
+                raise bucket.refused(self.folder / str(step), "read", error) from None
             damage = one_line(error)
         # What one process finds damaged is so for all: each reads other parts.
         if damages := [damage for damage in processes.gathered(damage) if damage]:
@@ -361,6 +386,38 @@ class _Manager(ocp.CheckpointManager):
         """Never; see `daajax.processes.is_stopping`."""
         del step
         return False
+
+
+class _InBucket(ocp.AsyncCheckpointer):
+    """Saves to a folder in a bucket as a manager does."""
+
+    def __init__(self, folder: bucket.BucketPath):
+        super().__init__(ocp.CompositeCheckpointHandler())
+        self._folder = folder
+
+    def save(self, step: int, *, args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Begins to save a checkpoint."""
+        super().save(self._folder / str(step), args=args)
+
+
+def _whole(names: Sequence[str]) -> list[int]:
+    """Of the objects of all checkpoints, the updates whose checkpoint is whole."""
+    folders = (name.removesuffix(f"/{_WHOLE}") for name in names if name.endswith(f"/{_WHOLE}"))
+    return [int(folder) for folder in folders if folder.isdecimal()]
+
+
+def _remove_partial(folder: bucket.BucketPath) -> None:
+    """Removes checkpoints that are not whole from a bucket."""
+    names = bucket.names(folder)
+    whole = set(_whole(names))
+    left = (name for name in names if name.partition("/")[0].isdecimal() and int(name.partition("/")[0]) not in whole)
+    bucket.remove(folder, list(left))
+
+
+def _remove(checkpoint: bucket.BucketPath) -> None:
+    """Removes a checkpoint from a bucket; it ends to be whole first."""
+    (checkpoint / _WHOLE).unlink(missing_ok=True)
+    bucket.remove(checkpoint, bucket.names(checkpoint))
 
 
 @dataclasses.dataclass(frozen=True)

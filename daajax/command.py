@@ -14,7 +14,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
-from daajax import folder, memory, processes
+from daajax import bucket, folder, memory, processes
 from daajax.config import Config, every_option, has_adapters, resolve, restored
 from daajax.console import say
 from daajax.errors import UserError, one_line
@@ -197,7 +197,7 @@ def parse_at(argv: Sequence[str], name: str, options: Mapping[str, type]) -> tup
         raise UserError(f"no run: python -m daajax.{name} --workdir=DIR, the folder of a run.")
     if _taken("config", argv)[0]:
         raise UserError(f"daajax.{name} reads the config of the run in --workdir; give it --config.key=value alone.")
-    config = restored(folder.read_config(pathlib.Path(workdir)))
+    config = restored(folder.read_config(bucket.path_of(workdir, "--workdir")))
     trained = config.to_dict()
     config, values = _overridden(config, argv, options)
     _check_adapters(workdir, dict(every_option(trained)), config)

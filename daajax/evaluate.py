@@ -7,7 +7,6 @@ Training calls the same `Evaluation` every `eval.every` updates.
 
 import contextlib
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from daajax import checkpoint, command, folder, inputs, policy, processes, run, sharding
+from daajax import bucket, checkpoint, command, folder, inputs, policy, processes, run, sharding
 from daajax.config import Config, losses
 from daajax.console import Progress, say
 from daajax.data.ahead import made_ahead
@@ -30,7 +29,7 @@ from daajax.losses.terms import Needs, Term, bind
 from daajax.models import lora
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
-from daajax.output import as_json, check, write_rows
+from daajax.output import append, as_json, check, write_rows
 from daajax.scoring import Batch, Scorer
 
 _EVALUATIONS = "evaluations.jsonl"
@@ -165,9 +164,10 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     """
     if config.eval_data.path is None:
         raise UserError("the run has no held-out data; name some with --config.eval_data.path=….")
-    if output is not None:
-        processes.first_alone(lambda: check(pathlib.Path(output)))
-    where = pathlib.Path(workdir)
+    file = None if output is None else bucket.path_of(output, "--output")
+    if file is not None:
+        processes.first_alone(lambda: check(file))
+    where = bucket.path_of(workdir, "--workdir")
     terms = bind(losses(config))
     config, _ = run.fetch_models(config, folder.read_revisions(where))
     architecture = read_architecture(config.model.path, length=config.max_length)
@@ -195,9 +195,9 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     evaluation = Evaluation(scorer, terms, data, batches, mesh, reference_scorer if live else None)
     sums, examples = evaluation.score(state.params, Beside(frozen, reference).following(state.reference), progress)
     progress.close()
-    if output is not None:
-        processes.first_alone(lambda: write_rows(pathlib.Path(output), _rows(data.ids, sums)))
-        say(f"the log-probs of {len(data.ids)} examples are in {output}")
+    if file is not None:
+        processes.first_alone(lambda: write_rows(file, _rows(data.ids, sums)))
+        say(f"the log-probs of {len(data.ids)} examples are in {file}")
     values = evaluation.report(sums, examples, state.objectives)
     for name, value in values.items():
         say(f"{name}: {value:.6g}")
@@ -206,10 +206,9 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
     say(f"{len(data.weights)} examples under the policy of update {step}; added to {where / _EVALUATIONS}")
 
 
-def _append(file: pathlib.Path, line: str) -> None:
+def _append(file: bucket.Path, line: str) -> None:
     try:
-        with file.open("a", encoding="utf-8") as report:
-            report.write(line)
+        append(file, line)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror}); the metrics are printed above.") from None
 

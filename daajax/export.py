@@ -4,9 +4,7 @@ Adapters are melted into it; `--form=adapter` writes them alone, as PEFT does. W
 `adapter/` at its end is the same of the last update.
 """
 
-import pathlib
-
-from daajax import checkpoint, command, folder, policy, processes, run, sharding
+from daajax import bucket, checkpoint, command, folder, policy, processes, run, sharding
 from daajax.config import Config, has_adapters, tokenizer_path
 from daajax.console import say
 from daajax.errors import UserError
@@ -36,13 +34,15 @@ def export(
     alone = form == "adapter"
     if alone and not has_adapters(config):
         raise UserError(f"--form=adapter: the run in {workdir} trained the whole model; leave --form out.")
-    saved = checkpoint.Checkpoints(pathlib.Path(workdir))
+    where = bucket.path_of(workdir, "--workdir")
+    saved = checkpoint.Checkpoints(where)
     step = saved.choose(step)
-    target = pathlib.Path(output or pathlib.Path(workdir) / f"{'adapter' if alone else 'model'}-{step}")
+    name = f"{'adapter' if alone else 'model'}-{step}"
+    target = where / name if output is None else bucket.path_of(output, "--output")
     if processes.from_first(target.exists):
         raise UserError(f"--output={target} exists; name another directory, or remove it.")
     asked = config.model.path
-    config, revisions = run.fetch_models(config, folder.read_revisions(pathlib.Path(workdir)))
+    config, revisions = run.fetch_models(config, folder.read_revisions(where))
     architecture = read_architecture(config.model.path, length=config.max_length)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     adapters = policy.lora_of(config, architecture)

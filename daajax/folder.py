@@ -7,13 +7,12 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Literal
 
-from daajax import output, processes
+from daajax import bucket, lease, output, processes
 from daajax.config import Config, restored
 from daajax.console import say
 from daajax.errors import UserError
@@ -55,7 +54,7 @@ State = Literal["new", "unfinished", "finished"]
 
 
 @contextlib.contextmanager
-def claimed(where: pathlib.Path, config: Config) -> Iterator[State]:
+def claimed(where: bucket.Path, config: Config) -> Iterator[State]:
     """Keeps other runs out of a folder while the block lasts; a new one that stays empty is removed again.
 
     Args:
@@ -83,8 +82,10 @@ def claimed(where: pathlib.Path, config: Config) -> Iterator[State]:
         yield found
 
 
-def _sees(where: pathlib.Path, token: str) -> bool:
+def _sees(where: bucket.Path, token: str) -> bool:
     """Whether the lock in a folder says this; another host may see only after a while what one has written."""
+    if isinstance(where, bucket.BucketPath):  # the bucket says the same to all
+        return token in bucket.read(where / _LOCK).value.decode()
     for _ in range(_SEEN_SECONDS):
         with contextlib.suppress(OSError):
             os.listdir(where.parent)  # which makes a network's file system look
@@ -95,7 +96,7 @@ def _sees(where: pathlib.Path, token: str) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(where: pathlib.Path, config: Config) -> Iterator[tuple[State, str]]:
+def _claimed(where: bucket.Path, config: Config) -> Iterator[tuple[State, str]]:
     """See `claimed`; with what the folder is, words that its lock holds."""
     if examine(where, config) == "finished":
         for _, line in _changes(where, config):
@@ -113,20 +114,21 @@ def _claimed(where: pathlib.Path, config: Config) -> Iterator[tuple[State, str]]
         try:
             yield found, holder
         finally:
-            if [path.name for path in where.iterdir()] == [_LOCK]:
-                shutil.rmtree(where)
+            if isinstance(where, pathlib.Path) and [path.name for path in where.iterdir()] == [_LOCK]:
+                output.remove_folder(where)
 
 
-def examine(where: pathlib.Path, config: Config) -> State:
+def examine(where: bucket.Path, config: Config) -> State:
     """What a folder is to the run of a config.
 
     Raises:
         UserError: If it holds something else, or nothing can be written there.
     """
     if not where.exists() or (where.is_dir() and not any(path.name != _LOCK for path in where.iterdir())):
-        above = next(parent for parent in (where, *where.resolve().parents) if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(f"--workdir={where}: {above} cannot be written; name another folder.")
+        if isinstance(where, pathlib.Path):  # that a bucket takes nothing shows when its lock is written
+            above = next(parent for parent in (where, *where.resolve().parents) if parent.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise UserError(f"--workdir={where}: {above} cannot be written; name another folder.")
         return "new"
     changed = _changes(where, config)
     if config.resume == "never":
@@ -141,12 +143,12 @@ def examine(where: pathlib.Path, config: Config) -> State:
     ended = (where / _FINISHED).is_file() and (where / "model").is_dir()
     if ended and not refused and not any(_is_among(name, _LENGTH) for name, _ in changed):
         return "finished"
-    if not os.access(where, os.W_OK | os.X_OK):
+    if isinstance(where, pathlib.Path) and not os.access(where, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={where} cannot be written; make it writable, or name another folder.")
     return "unfinished"
 
 
-def _changes(where: pathlib.Path, config: Config) -> list[tuple[str, str]]:
+def _changes(where: bucket.Path, config: Config) -> list[tuple[str, str]]:
     """How a config differs from that of the folder's run; an option that was not there then had today's default."""
     before = restored(_stored(where))
     return list(differences(json.loads(_text(before)), json.loads(_text(config))))
@@ -167,7 +169,7 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, st
         yield name, f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
 
 
-def begin(where: pathlib.Path, config: Config, *, updates: int, revisions: Mapping[str, str] | None = None) -> None:
+def begin(where: bucket.Path, config: Config, *, updates: int, revisions: Mapping[str, str] | None = None) -> None:
     """Makes a claimed folder this run's.
 
     What a run that was interrupted later reported of updates that are now done again is removed.
@@ -189,19 +191,19 @@ def begin(where: pathlib.Path, config: Config, *, updates: int, revisions: Mappi
             (where / _REVISIONS).unlink(missing_ok=True)
         output.write_text(where / _CONFIG, _text(config))
         if not updates:
-            shutil.rmtree(where / "tensorboard", ignore_errors=True)
+            output.remove_folder(where / "tensorboard")
         kept = [line for line in _lines(where / _METRICS) if _step_of(line) <= updates]
         output.write_text(where / _METRICS, "".join(f"{line}\n" for line in kept))
     except OSError as error:
         raise UserError(f"--workdir={where} cannot be written ({error.strerror}); name another folder.") from None
 
 
-def finish(where: pathlib.Path, updates: int) -> None:
+def finish(where: bucket.Path, updates: int) -> None:
     """Marks a run as finished after so many updates."""
     output.write_text(where / _FINISHED, json.dumps({"updates": updates}) + "\n")
 
 
-def read_config(where: pathlib.Path) -> dict[str, Any]:
+def read_config(where: bucket.Path) -> dict[str, Any]:
     """The config that a run was begun or last gone on with.
 
     Raises:
@@ -212,7 +214,7 @@ def read_config(where: pathlib.Path) -> dict[str, Any]:
     return _stored(where)
 
 
-def read_revisions(where: pathlib.Path) -> dict[str, str]:
+def read_revisions(where: bucket.Path) -> dict[str, str]:
     """Of each address of a model, such as `hf://organization/name`, the revision that the folder's run began with.
 
     Raises:
@@ -228,20 +230,24 @@ def read_revisions(where: pathlib.Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lock(where: pathlib.Path) -> Iterator[str]:
+def _lock(where: bucket.Path) -> Iterator[str]:
     """Holds a folder's lock, and gives what it says; the system lets go of it when the process ends in any way."""
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {now}"
+    if isinstance(where, bucket.BucketPath):
+        with lease.held(where / _LOCK, holder):
+            yield holder
+        return
     with _opened(where / _LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip()
+            other = file.read().strip()
             raise UserError(
-                f"--workdir={where}: another run is at work there{holder and f' ({holder})'}; "
+                f"--workdir={where}: another run is at work there{other and f' ({other})'}; "
                 "wait for it, or name another folder."
             ) from None
-        now = datetime.datetime.now().isoformat(" ", "seconds")
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {now}"
         file.truncate(0)
         file.write(f"{holder}\n")
         file.flush()
@@ -268,7 +274,7 @@ def _is_among(name: str, options: tuple[str, ...]) -> bool:
     return any(name == option or name.startswith(f"{option}.") for option in options)
 
 
-def _stored(where: pathlib.Path) -> dict[str, Any]:
+def _stored(where: bucket.Path) -> dict[str, Any]:
     """The config of the run that a folder holds."""
     file = where / _CONFIG
     if not file.is_file():
@@ -282,9 +288,9 @@ def _stored(where: pathlib.Path) -> dict[str, Any]:
     return stored
 
 
-def _lines(path: pathlib.Path) -> list[str]:
+def _lines(path: bucket.Path) -> list[str]:
     """A file's whole lines; none if it is not there. A last line without an end was cut off."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+    return path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.is_file() else []
 
 
 def _step_of(line: str) -> float:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from daajax import checkpoint, command, folder, output, policy, processes, prompts, run, sampling, sharding
+from daajax import bucket, checkpoint, command, folder, output, policy, processes, prompts, run, sampling, sharding
 from daajax.config import DTYPES, has_adapters, resolve, restored, tokenizer_path
 from daajax.console import say
 from daajax.data.rows import Example
@@ -132,7 +132,7 @@ def generate(options: Options) -> None:
     for line in describe_rope(architecture):
         say(line)
     stops = stop_ids(model.path, tokenizer)
-    file = None if options.output is None else pathlib.Path(options.output)
+    file = None if options.output is None else bucket.path_of(options.output, "--output")
     if file is not None:
         output.check(file)
     scorer = Scorer.make(
@@ -184,7 +184,7 @@ def model_of_run(options: Options) -> Model:
     Raises:
         UserError: If there is no such run, or no such checkpoint.
     """
-    workdir = pathlib.Path(str(options.workdir))
+    workdir = bucket.path_of(str(options.workdir), "--workdir")
     config = resolve(restored(folder.read_config(workdir)))
     saved = checkpoint.Checkpoints(workdir)
     step = saved.choose(options.step)

@@ -6,7 +6,6 @@ host side fetches them once a log interval. A new number is a line in `of_exampl
 
 import contextlib
 import math
-import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,13 +16,14 @@ import numpy as np
 import tensorboardX
 from jaxtyping import Array, Bool, Float, Int
 
-from daajax import memory
+from daajax import bucket, memory
 from daajax.chips import Peak
 from daajax.console import say
 from daajax.data.packing import Plan
 from daajax.flops import Counts
 from daajax.losses.objective import Losses
 from daajax.losses.scores import Responses
+from daajax.mirror import Mirror
 from daajax.output import as_json
 
 
@@ -219,20 +219,26 @@ class Clock:
 class Writer:
     """Appends to a run's `metrics.jsonl` and TensorBoard events.
 
+    In a bucket, where nothing is appended, both are copied every half minute and when `flush` is called.
+
     Args:
         folder: The run's folder; None writes nothing, as all processes of a job do but the first.
         updates: Done before; events of later ones are those of an interrupted run, and void.
     """
 
-    def __init__(self, folder: pathlib.Path | None, *, updates: int = 0):
-        self._writes = folder is not None
+    def __init__(self, folder: bucket.Path | None, *, updates: int = 0):
+        self._writes, self._mirror = folder is not None, None
         if folder is None:
             return
+        if isinstance(folder, bucket.BucketPath):
+            self._mirror = Mirror(folder)
+            self._mirror.fetch("metrics.jsonl")
+            folder = self._mirror.local
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one JSON object and the same numbers as events; both are on disk when it returns.
+        """Writes one JSON object and the same numbers as events; both are on this machine's disk when it returns.
 
         A disk that does not take them is no reason to end a run: it is said, and they are written with the next ones.
         """
@@ -246,6 +252,13 @@ class Writer:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+        if self._mirror is not None:
+            self._mirror.push_soon()
+
+    def flush(self) -> None:
+        """Returns once all is where it stays."""
+        if self._mirror is not None:
+            self._mirror.push()
 
     def close(self) -> None:
         """Closes both."""
@@ -256,3 +269,5 @@ class Writer:
         except OSError as error:
             say(f"{self._file.name} is not complete ({error.strerror})")
         self._events.close()
+        if self._mirror is not None:
+            self._mirror.close()

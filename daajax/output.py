@@ -1,4 +1,4 @@
-"""Output files: there whole or not at all, and as JSON lines."""
+"""Output files, on this machine or in a bucket: there whole or not at all, and as JSON lines."""
 
 import contextlib
 import json
@@ -7,21 +7,28 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from daajax import bucket
 from daajax.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `path` to write to: what is written there takes the place of `path` once it is on disk.
+def replacing(path: bucket.Path) -> Iterator[pathlib.Path]:
+    """A path on this machine to write to: what is written there takes the place of `path` once it is on disk.
 
     If the block raises, `path` is as it was and nothing is left beside it.
 
     Args:
         path: The file to make or replace; its folder exists.
     """
+    if isinstance(path, bucket.BucketPath):
+        with tempfile.TemporaryDirectory(prefix="daajax-") as folder:
+            yield pathlib.Path(folder) / path.name
+            path.write_bytes((pathlib.Path(folder) / path.name).read_bytes())
+        return
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield scratch
@@ -34,12 +41,22 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder beside `path` to write to, which takes its place at the end; if the block raises, it does not.
+def replacing_folder(path: bucket.Path, *, last: str) -> Iterator[pathlib.Path]:
+    """An empty folder on this machine to write to, which takes the place of `path` at the end.
+
+    If the block raises, `path` is as it was. In a bucket there is no moment at which it changes as a whole: the file
+    `last` is removed first and written last.
 
     Args:
         path: The folder to make or replace.
+        last: The file without which the others are nothing.
     """
+    if isinstance(path, bucket.BucketPath):
+        with tempfile.TemporaryDirectory(prefix="daajax-") as folder:
+            yield pathlib.Path(folder)
+            void(path, last)
+            bucket.upload(pathlib.Path(folder), path, last)
+        return
     partial, aside = (path.with_name(path.name + ending) for ending in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -51,6 +68,40 @@ def replacing_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def void(path: bucket.BucketPath, last: str) -> None:
+    """Removes a folder of a bucket, the file without which the others are nothing before them."""
+    (path / last).unlink(missing_ok=True)
+    bucket.remove(path, bucket.names(path))
+
+
+def remove_folder(path: bucket.Path) -> None:
+    """Removes a folder, if it is there and can be removed."""
+    if isinstance(path, bucket.BucketPath):
+        bucket.remove(path, bucket.names(path))
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def append(path: bucket.Path, line: str) -> None:
+    """Adds a line to a file, which is made if need be.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if not isinstance(path, bucket.BucketPath):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        return
+    while True:  # until nobody has written to it meanwhile
+        try:
+            found = bucket.read(path)
+            content, generation = found.value, found.stamp.generation
+        except FileNotFoundError:
+            content, generation = b"", b""
+        if bucket.write(path, content + line.encode(), only_at=generation) is not None:
+            return
+
+
 def copy(source: str, patterns: Sequence[str], folder: pathlib.Path) -> None:
     """Copies the files of a folder that match into another one, under the same names."""
     for file in (file for pattern in patterns for file in pathlib.Path(source).glob(pattern) if file.is_file()):
@@ -59,7 +110,7 @@ def copy(source: str, patterns: Sequence[str], folder: pathlib.Path) -> None:
         shutil.copyfile(file, target)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: bucket.Path, text: str) -> None:
     """Makes or replaces a text file, UTF-8."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
@@ -70,7 +121,7 @@ def as_json(values: Mapping[str, Any]) -> str:
     return json.dumps(_finite(values), ensure_ascii=False) + "\n"
 
 
-def check(path: pathlib.Path) -> None:
+def check(path: bucket.Path) -> None:
     """Refuses, before the work is done, what `--output` names if it exists or cannot be written; makes its folder.
 
     Raises:
@@ -84,7 +135,7 @@ def check(path: pathlib.Path) -> None:
         path.unlink()
 
 
-def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: bucket.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Makes or replaces the JSON lines that `--output` names.
 
     Raises:
@@ -95,7 +146,7 @@ def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _refused(path: pathlib.Path) -> Iterator[None]:
+def _refused(path: bucket.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

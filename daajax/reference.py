@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from daajax import output, processes
+from daajax import bucket, output, processes
 from daajax.console import Progress
 from daajax.data.ahead import made_ahead
 from daajax.data.batches import Batch, Batches
@@ -88,7 +88,7 @@ class Cache:
 
     def __init__(self, folder: str, header: Header, columns: Sequence[str] = ("logps",), *, is_kept: bool = True):
         self._header, self.columns, self._is_kept = header, tuple(columns), is_kept
-        self.folder = pathlib.Path(folder).expanduser() / header.digest
+        self.folder = bucket.path_of(folder, "reference.cache_dir").expanduser() / header.digest
         self.notices: list[str] = []
         self._entries: dict[bytes, Entry] = {}
         if not is_kept:
@@ -134,9 +134,10 @@ class Cache:
             ) from None
         self._entries.update(entries)
 
-    def _read(self, file: pathlib.Path) -> None:
+    def _read(self, file: bucket.Path) -> None:
+        source = file if isinstance(file, pathlib.Path) else pa.BufferReader(file.read_bytes())
         try:
-            table = pq.read_table(file, page_checksum_verification=True)
+            table = pq.read_table(source, page_checksum_verification=True)
             if (table.schema.metadata or {}).get(_HEADER) != self._header.content:
                 raise ValueError("it was written for another reference")
             keys = table.column("response").to_pylist()

@@ -1,16 +1,16 @@
 """A look inside a few updates: `profile.start` and `profile.steps` of a run, through jax.profiler."""
 
 import contextlib
-import pathlib
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 
+from daajax import bucket, output
 from daajax.console import say
 from daajax.errors import UserError
+from daajax.mirror import Mirror
 
 ANNOTATION = "update"  # what an update is called in the trace, with its number
 
@@ -29,8 +29,9 @@ class Trace:
         UserError: If the run ends before.
     """
 
-    def __init__(self, folder: pathlib.Path, *, first: int | None, steps: int, updates: int, is_made: bool = True):
+    def __init__(self, folder: bucket.Path, *, first: int | None, steps: int, updates: int, is_made: bool = True):
         self._folder, self._is_running = folder, False
+        self._mirror: Mirror | None = None  # of a folder in a bucket, while a trace goes on
         self._numbers = range(0) if first is None else range(first, first + steps)
         if self._numbers and self._numbers[-1] > updates:
             raise UserError(
@@ -53,7 +54,9 @@ class Trace:
         if not self._is_running:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # calls of Python functions would fill the trace
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._mirror = Mirror(self._folder) if isinstance(self._folder, bucket.BucketPath) else None
+            where = self._folder if self._mirror is None else self._mirror.local
+            jax.profiler.start_trace(str(where), profiler_options=options)
             self._is_running = True
         return jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=number)
 
@@ -66,8 +69,7 @@ class Trace:
         """
         if self._is_running and number == self._numbers[-1]:
             result.block_until_ready()
-            jax.profiler.stop_trace()
-            self._is_running = False
+            self._stop()
             say(
                 f"profile: {_words(self._numbers)} are in {self._folder}: pip install xprof; xprof "
                 f"--logdir={self._folder}; or open its trace.json.gz at https://ui.perfetto.dev"
@@ -76,10 +78,15 @@ class Trace:
     def close(self, *, keep: bool) -> None:
         """Ends a trace that an error cut short, and removes it unless it is to be kept."""
         if self._is_running:
-            jax.profiler.stop_trace()
-            self._is_running = False
+            self._stop()
             if not keep:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                output.remove_folder(self._folder)
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._is_running = False
+        if self._mirror is not None:
+            self._mirror.close()
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
 import time
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from daajax import (
+    bucket,
     checkpoint,
     command,
     first_loss,
@@ -58,7 +58,7 @@ def train(config: Config, workdir: str) -> None:
     Raises:
         UserError: If anything the user can mend stands in the way.
     """
-    where = pathlib.Path(workdir)
+    where = bucket.path_of(workdir, "--workdir")
     with folder.claimed(where, config) as found:
         if found == "finished":
             say(f"{where} is finished: the model is in {where / 'model'}")
@@ -66,7 +66,7 @@ def train(config: Config, workdir: str) -> None:
             _train(config, where, found)
 
 
-def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
+def _train(config: Config, where: bucket.Path, found: folder.State) -> None:
     """A run in a folder that no other one works in."""
     # ------------------------------------------------------------------ what is trained, on what, where
     terms = bind(losses(config))
@@ -250,6 +250,8 @@ def _train(config: Config, where: pathlib.Path, found: folder.State) -> None:
                         f"update {t + 1} made parameters that are not finite; lower optimizer.learning_rate. No model "
                         "was written."
                     )
+                if writer is not None:  # a run that goes on from here has what was said before
+                    writer.flush()
                 held_out = {name: latest[name] for name in latest if evaluates and name.startswith("eval/")}
                 with watchdog.paused():
                     record = dataclasses.replace(origin, metrics=held_out)

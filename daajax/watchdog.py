@@ -2,17 +2,18 @@
 
 import contextlib
 import faulthandler
-import pathlib
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 
 import jax
 
-from daajax import processes
+from daajax import bucket, processes
 
 _FOLDER = "stacks"
+_BUCKET_SECONDS = 10  # most that a bucket gets to take the stacks: the network may be what hangs
 
 
 class Watchdog:
@@ -23,7 +24,7 @@ class Watchdog:
         minutes: How long an update may take; 0 watches nothing.
     """
 
-    def __init__(self, where: pathlib.Path, minutes: float):
+    def __init__(self, where: bucket.Path, minutes: float):
         self._where, self._seconds = where, 60 * minutes
         self._last: float | None = time.monotonic()  # None while nothing is watched
         self._ended = threading.Event()
@@ -56,13 +57,26 @@ class Watchdog:
 
     def _end(self) -> None:
         file = self._where / _FOLDER / f"process-{jax.process_index()}.txt"
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(exist_ok=True)
-            with file.open("w", encoding="utf-8") as stacks:
-                faulthandler.dump_traceback(stacks, all_threads=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        if isinstance(file, bucket.BucketPath):
+            writer = threading.Thread(target=_write, args=(file,), daemon=True)
+            writer.start()
+            writer.join(_BUCKET_SECONDS)
+        else:
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(exist_ok=True)
+                with file.open("w", encoding="utf-8") as stacks:
+                    faulthandler.dump_traceback(stacks, all_threads=True)
         sys.stderr.write(
             f"error: no update has ended for {self._seconds / 60:g} minutes; what every thread was doing is in {file}. "
             "The same command goes on from the last checkpoint; config.watchdog_minutes sets the limit.\n"
         )
         processes.leave_stuck()
+
+
+def _write(file: bucket.BucketPath) -> None:
+    """Writes what each thread is doing to a bucket."""
+    with contextlib.suppress(OSError, bucket.BucketError), tempfile.TemporaryFile() as stacks:
+        faulthandler.dump_traceback(stacks, all_threads=True)
+        stacks.seek(0)
+        file.write_bytes(stacks.read())

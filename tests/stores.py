@@ -15,6 +15,7 @@ from typing import Any
 TOKEN = "hf_donttellanybody"
 SIGNATURE = "Signature=donttellanybody"
 Files = dict[str, bytes]
+Answer = tuple[int, bytes, dict[str, str]]
 
 
 def files_of(folder: pathlib.Path) -> Files:
@@ -35,7 +36,7 @@ class Store:
         self.status = 0
         self.url = ""
 
-    def answer(self, method: str, path: str, query: dict[str, str], headers: Any) -> tuple[int, bytes, dict[str, str]]:
+    def answer(self, method: str, path: str, query: dict[str, str], headers: Any, body: bytes = b"") -> Answer:
         """Code, content and headers of an answer."""
         raise NotImplementedError
 
@@ -54,6 +55,7 @@ class Store:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # an answer is one write: in two, the second one would wait for the first to be acknowledged
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -62,10 +64,11 @@ class Store:
                 url = urllib.parse.urlsplit(self.path)
                 path = url.path
                 store.asked.append(f"{self.command} {path}")
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 code, content, headers = store.status, b"{}", {}
                 if not code:
                     query = dict(urllib.parse.parse_qsl(url.query))
-                    code, content, headers = store.answer(self.command, path, query, self.headers)
+                    code, content, headers = store.answer(self.command, path, query, self.headers, body)
                 wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 if wanted and code == 200:
                     begin, end = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
@@ -76,10 +79,10 @@ class Store:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                if self.command == "GET":
+                if self.command != "HEAD":
                     self.wfile.write(content)
 
-            do_GET = do_HEAD  # noqa: N815
+            do_GET = do_POST = do_DELETE = do_HEAD  # noqa: N815
 
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -113,7 +116,7 @@ class Hub(Store):
         self._names[repository, name] = commit
         return commit
 
-    def answer(self, method: str, path: str, query: dict[str, str], headers: Any) -> tuple[int, bytes, dict[str, str]]:
+    def answer(self, method: str, path: str, query: dict[str, str], headers: Any, body: bytes = b"") -> Answer:
         """As huggingface.co does."""
         asked = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
         if path.startswith("/blobs/"):
@@ -156,41 +159,90 @@ class Hub(Store):
 
 
 class Bucket(Store):
-    """The part of Google Cloud Storage's JSON API that lists and reads `gs://bucket/…`.
+    """The part of Google Cloud Storage's JSON API that TensorStore asks for: `gs://bucket/…`.
 
     Attributes:
         broken: Names of files whose content nobody may read.
+        read_only: Whether nothing may be written.
     """
 
     def __init__(self):
         super().__init__()
         self._objects: dict[str, tuple[bytes, int]] = {}
         self._generation = 1_700_000_000_000_000
+        self._one = threading.RLock()  # a request after the other
         self.broken: set[str] = set()
+        self.read_only = False
 
     def write(self, folder: str, files: Files) -> None:
         """Writes files to `gs://bucket/<folder>`; each gets a new generation."""
-        for name, content in files.items():
-            self._generation += 1
-            self._objects[f"{folder}/{name}"] = content, self._generation
+        with self._one:
+            for name, content in files.items():
+                self._generation += 1
+                self._objects[f"{folder}/{name}"] = content, self._generation
 
-    def answer(self, method: str, path: str, query: dict[str, str], headers: Any) -> tuple[int, bytes, dict[str, str]]:
+    def files(self, folder: str) -> Files:
+        """The files of `gs://bucket/<folder>`, by name."""
+        with self._one:
+            return {
+                name.removeprefix(f"{folder}/"): content
+                for name, (content, _) in self._objects.items()
+                if name.startswith(f"{folder}/")
+            }
+
+    def remove(self, folder: str, *names: str) -> None:
+        """Removes files of `gs://bucket/<folder>`."""
+        with self._one:
+            for name in names:
+                del self._objects[f"{folder}/{name}"]
+
+    def answer(self, method: str, path: str, query: dict[str, str], headers: Any, body: bytes = b"") -> Answer:
         """As storage.googleapis.com does."""
-        asked = re.fullmatch(r"/storage/v1/b/bucket/o(?:/(.+))?", urllib.parse.unquote(path))
+        asked = re.fullmatch(r"(/upload)?/storage/v1/b/bucket/o(?:/(.+))?", path)
         if asked is None:
             return 404, b"{}", {}
-        if asked[1] is None:
-            names = [name for name in self._objects if query["startOffset"] <= name < query["endOffset"]]
-            return 200, json.dumps({"items": [{"name": name} for name in sorted(names)]}).encode(), {}
-        content, generation = self._objects[asked[1]]
-        if query["alt"] == "json":
-            said = {"name": asked[1], "size": str(len(content)), "generation": str(generation), "timeCreated": _TIME}
-            return 200, json.dumps(said | {"updated": _TIME}).encode(), {}
-        if asked[1].rpartition("/")[2] in self.broken:
-            return 403, b"{}", {}
-        return 200, content, {"x-goog-generation": str(generation)}
+        with self._one:
+            if method == "GET" and asked[2] is None:
+                return self._listed(query)
+            name = urllib.parse.unquote(asked[2] or query["name"])
+            content, generation = self._objects.get(name, (b"", 0))
+            if method != "GET" and self.read_only:
+                return 403, b"{}", {}
+            if query.get("ifGenerationMatch", str(generation)) != str(generation):
+                return 412, b"{}", {}
+            if method == "POST":
+                self._generation += 1
+                content, generation = self._objects[name] = body, self._generation
+                return 200, _described(name, content, generation), {}
+            if not generation:
+                return 404, b"{}", {}
+            if method == "DELETE":
+                del self._objects[name]
+                return 204, b"", {}
+            if query.get("ifGenerationNotMatch") == str(generation):
+                return 304, b"", {}
+            if query["alt"] == "json":
+                return 200, _described(name, content, generation), {}
+            if name.rpartition("/")[2] in self.broken:
+                return 403, b"{}", {}
+            return 200, content, {"x-goog-generation": str(generation)}
+
+    def _listed(self, query: dict[str, str]) -> Answer:
+        """A page of names; the next one begins with the name that its token is."""
+        begin, end = query.get("pageToken") or query.get("startOffset", ""), query.get("endOffset") or "\U0010ffff"
+        names = sorted(name for name in self._objects if begin <= name < end)
+        said: dict[str, Any] = {"items": [{"name": name} for name in names[:_PAGE]]}
+        if names[_PAGE:]:
+            said["nextPageToken"] = names[_PAGE]
+        return 200, json.dumps(said).encode(), {}
 
 
+def _described(name: str, content: bytes, generation: int) -> bytes:
+    said = {"name": name, "size": str(len(content)), "generation": str(generation), "timeCreated": _TIME}
+    return json.dumps(said | {"updated": _TIME}).encode()
+
+
+_PAGE = 50  # names; the real one's are of 1000
 _TIME = "2026-01-01T00:00:00.000Z"
 
 

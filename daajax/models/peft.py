@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from daajax import output, processes, sharding
+from daajax import bucket, output, processes, sharding
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
 from daajax.models.architecture import Architecture
@@ -66,11 +66,12 @@ def save(path: str, params: Params, architecture: Architecture, lora: Lora, *, b
     """
     check(architecture, lora)
     found = tensors(params, architecture, lora)
-    processes.first_alone(lambda: _write(pathlib.Path(path), found, architecture, lora, base, tokenizer_path))
+    target = bucket.path_of(path, "--output")
+    processes.first_alone(lambda: _write(target, found, architecture, lora, base, tokenizer_path))
 
 
 def _write(
-    path: pathlib.Path,
+    path: bucket.Path,
     tensors: Mapping[str, np.ndarray],
     architecture: Architecture,
     lora: Lora,
@@ -78,7 +79,7 @@ def _write(
     tokenizer_path: str,
 ) -> None:
     try:
-        with output.replacing_folder(path) as folder:
+        with output.replacing_folder(path, last=CONFIG) as folder:
             file = folder / WEIGHTS
             metadata = {"format": "pt", _NOTE: " ".join(lora.targets)}
             safetensors.numpy.save_file(dict(tensors), file, metadata=metadata)

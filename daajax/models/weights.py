@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from daajax import output, processes, sharding
+from daajax import bucket, output, processes, sharding
 from daajax.console import say
 from daajax.data.tokenizer import TOKENIZER_FILES
 from daajax.errors import UserError
@@ -34,8 +35,9 @@ Params = dict[str, Any]
 Flat = dict[str, Any]  # the leaves of Params by path
 
 _SHARD_BYTES = 5_000_000_000
+CONFIG = "config.json"
 # What a model directory holds besides weights and what makes it loadable elsewhere; carried along.
-COMPANIONS = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+COMPANIONS = (CONFIG, "generation_config.json", "LICENSE*", "NOTICE*")
 SMALL = (*COMPANIONS, *TOKENIZER_FILES, "adapter_config.json")  # what is read of a directory besides weights
 
 
@@ -253,7 +255,11 @@ def save(path: str, params: Params, architecture: Architecture, *, model_path: s
         UserError: If the disk does not take it.
     """
     try:
-        _save(pathlib.Path(path), params, architecture, model_path, tokenizer_path)
+        target = bucket.path_of(path, "--output")
+        if isinstance(target, bucket.BucketPath):
+            _save_to_bucket(target, params, architecture, model_path, tokenizer_path)
+        else:
+            _save(target, params, architecture, model_path, tokenizer_path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}); make room, or name another folder.") from None
 
@@ -262,19 +268,43 @@ def _save(
     target: pathlib.Path, params: Params, architecture: Architecture, model_path: str, tokenizer_path: str
 ) -> None:
     with contextlib.ExitStack() as stack:
-        enter = output.replacing_folder(target)
+        enter = output.replacing_folder(target, last=CONFIG)
         partial = pathlib.Path(processes.from_first(lambda: str(stack.enter_context(enter))))
         shards = _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
 
         def complete() -> None:
             _name_shards(partial, shards)
-            output.copy(model_path, COMPANIONS, partial)
-            output.copy(tokenizer_path, TOKENIZER_FILES, partial)
-            _forget_code(partial / "config.json")
+            _complete(partial, model_path, tokenizer_path)
             stack.close()
 
         processes.gathered(None)  # all have written
         processes.first_alone(complete)
+
+
+def _save_to_bucket(
+    target: bucket.BucketPath, params: Params, architecture: Architecture, model_path: str, tokenizer_path: str
+) -> None:
+    """As `_save`; each process copies what it has written, and the first one then what makes a model of it."""
+    with tempfile.TemporaryDirectory(prefix="daajax-") as scratch:
+        partial = pathlib.Path(scratch)
+        _name_shards(partial, _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture))))
+        processes.first_alone(lambda: output.void(target, CONFIG))
+        if not processes.is_first():
+            bucket.upload(partial, target)
+        processes.gathered(None)  # all have written
+
+        def complete() -> None:
+            _complete(partial, model_path, tokenizer_path)
+            bucket.upload(partial, target, CONFIG)
+
+        processes.first_alone(complete)
+
+
+def _complete(folder: pathlib.Path, model_path: str, tokenizer_path: str) -> None:
+    """Adds what belongs to a model besides its weights."""
+    output.copy(model_path, COMPANIONS, folder)
+    output.copy(tokenizer_path, TOKENIZER_FILES, folder)
+    _forget_code(folder / CONFIG)
 
 
 def _forget_code(file: pathlib.Path) -> None:
@@ -351,13 +381,16 @@ def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray
 
 
 def _name_shards(folder: pathlib.Path, shards: list[dict[str, int]]) -> None:
+    """Gives the files of tensors their names, those that are in this folder, and writes what lists them."""
     if len(shards) == 1:
-        (folder / "part-0").rename(folder / SINGLE)
+        if (folder / "part-0").is_file():
+            (folder / "part-0").rename(folder / SINGLE)
         return
     weight_map = {}
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{index}").rename(folder / file)
+        if (folder / f"part-{index}").is_file():
+            (folder / f"part-{index}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     total = sum(sum(shard.values()) for shard in shards)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)

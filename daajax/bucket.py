@@ -1,0 +1,330 @@
+"""Buckets of Google Cloud Storage as folders: what `gs://bucket/folder` means wherever an option takes it.
+
+TensorStore reads and writes the objects; it finds the user's credentials by itself, and asks `TENSORSTORE_GCS_HTTP_URL`
+where that is set. `path_of` gives a path that is used as a local one is, by Orbax too. What differs:
+
+- A folder is there as long as an object lies in it; making one does nothing.
+- An object is written when its file is closed, whole or not at all. Nothing is appended.
+- Renaming copies, object by object, through this machine.
+"""
+
+import contextlib
+import errno
+import fnmatch
+import functools
+import io
+import os
+import pathlib
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import tensorstore
+from etils import epath
+from etils.epath import backend, gpath, stat_utils
+
+from daajax.errors import UserError, one_line
+
+LOG_IN = "log in with `gcloud auth application-default login`"
+RETRIES = {"gcs_request_retries": {"max_retries": 5, "initial_delay": "250ms", "max_delay": "8s"}}
+_SCHEME = "gs://"
+_NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[^/?#*\[\]\s]+)+")
+_ABSENT = b"\x02"  # the generation that TensorStore gives to what is not there; with an empty one it asks for nothing
+_IN_FLIGHT = 16  # objects that are removed or written at a time
+_GRANT = "have its owner grant you the role roles/storage.objectUser"
+_OUT_OF_REACH = re.compile("UNAVAILABLE|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED")
+_HELPS = {  # code of an answer: what the user can do
+    "401": f"it is not open to everybody; {LOG_IN}",
+    "403": f"your credentials do not open it; {LOG_IN} as somebody who may, or {_GRANT}",
+    "404": "there is no such bucket; check the name, or make it",
+}
+
+
+class BucketError(UserError):
+    """A bucket that does not give or take an object. That there is none is a FileNotFoundError, as on a disk."""
+
+
+def is_bucket(address: str | os.PathLike[str]) -> bool:
+    """Whether an address or a path is one in a bucket."""
+    return os.fspath(address).startswith(_SCHEME)
+
+
+def path_of(address: str, option: str) -> "Path":
+    """The path that an option names: on this machine or in a bucket.
+
+    Args:
+        address: What the user says.
+        option: Which names it, such as `--workdir`, for messages.
+
+    Raises:
+        UserError: If it is an address of another kind, or of no folder in a bucket.
+    """
+    scheme, is_address, _ = address.partition("://")
+    if not is_address:
+        return pathlib.Path(address)
+    if scheme != "gs":
+        raise UserError(
+            f"{option}={address}: {scheme}:// is neither read nor written; name a folder or gs://bucket/folder."
+        )
+    if not _NAME.fullmatch(address.rstrip("/")) or {".", ".."} & set(address.split("/")):
+        raise UserError(
+            f"{option}={address} is no folder in a bucket; needed is gs://bucket/folder, without spaces and any of "
+            "? # * [ ]."
+        )
+    return BucketPath(address.rstrip("/"))
+
+
+class _Objects(backend.Backend):
+    """The objects of all buckets, as etils asks for files."""
+
+    def open(self, path: Any, mode: str) -> IO[Any]:
+        if "a" in mode:
+            raise io.UnsupportedOperation(f"{os.fspath(path)}: nothing is appended to an object")
+        if "w" in mode:
+            file: Any = _Upload(os.fspath(path))
+        else:
+            file = io.BytesIO(read(path).value)
+        return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8")
+
+    def exists(self, path: Any) -> bool:
+        return is_object(path) or self.isdir(path)
+
+    def isdir(self, path: Any) -> bool:
+        return bool(names(path))
+
+    def listdir(self, path: Any) -> list[str]:
+        if not (found := names(path)):
+            raise FileNotFoundError(errno.ENOENT, "No such folder", os.fspath(path))
+        return sorted({name.partition("/")[0] for name in found})
+
+    def glob(self, path: Any) -> list[str]:
+        folder, _, pattern = os.fspath(path).rpartition("/")
+        if any(letter in folder for letter in "*?["):
+            raise NotImplementedError(f"{os.fspath(path)}: a pattern may be in the last part alone")
+        there = {name.partition("/")[0] for name in names(folder)}
+        return [f"{folder}/{name}" for name in sorted(there) if fnmatch.fnmatchcase(name, pattern)]
+
+    def walk(self, top: Any, *, top_down: bool = True, on_error: Any = None) -> Iterator[Any]:
+        del on_error
+        folders: dict[str, tuple[list[str], list[str]]] = {"": ([], [])}
+        for name in sorted(names(top)):
+            *above, last = name.split("/")
+            for depth, folder in enumerate(above):
+                if (key := "/".join(above[: depth + 1])) not in folders:
+                    folders[key] = [], []
+                    folders["/".join(above[:depth])][0].append(folder)
+            folders["/".join(above)][1].append(last)
+        found = [(posixpath.join(os.fspath(top), key), *inside) for key, inside in folders.items()]
+        yield from found if top_down else reversed(found)
+
+    def makedirs(self, path: Any, *, exist_ok: bool = False, mode: int | None = None) -> None:
+        self.mkdir(path, exist_ok=exist_ok, mode=mode)
+
+    def mkdir(self, path: Any, *, exist_ok: bool = False, mode: int | None = None) -> None:
+        del mode
+        if not exist_ok and self.exists(path):
+            raise FileExistsError(errno.EEXIST, "It is there", os.fspath(path))
+
+    def rmtree(self, path: Any) -> None:
+        remove(path, found := names(path))
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, "No such folder", os.fspath(path))
+
+    def remove(self, path: Any) -> None:
+        read(path, slice(0, 0))
+        write(path, None)
+
+    def rename(self, path: Any, dst: Any) -> None:
+        if self.exists(dst):
+            raise FileExistsError(errno.EEXIST, "It is there", os.fspath(dst))
+        self.replace(path, dst)
+
+    def replace(self, path: Any, dst: Any) -> None:
+        inside = names(path)
+        for name in inside:
+            self.copy(posixpath.join(os.fspath(path), name), posixpath.join(os.fspath(dst), name), True)
+        if is_object(path):
+            self.copy(path, dst, True)
+            self.remove(path)
+        elif not inside:
+            raise FileNotFoundError(errno.ENOENT, "No such file", os.fspath(path))
+        remove(path, inside)
+
+    def copy(self, path: Any, dst: Any, overwrite: bool) -> None:
+        if not overwrite and self.exists(dst):
+            raise FileExistsError(errno.EEXIST, "It is there", os.fspath(dst))
+        write(dst, read(path).value)
+
+    def stat(self, path: Any) -> stat_utils.StatResult:
+        is_folder = not is_object(path)
+        if is_folder and not self.isdir(path):
+            raise FileNotFoundError(errno.ENOENT, "No such file", os.fspath(path))
+        length = 0 if is_folder else len(read(path).value)
+        return stat_utils.StatResult(is_directory=is_folder, length=length, mtime=0)
+
+
+class _Upload(io.BytesIO):
+    """A file that becomes an object when it is closed, unless what fills it fails."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self._path: str | None = path
+
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        if kind is not None:
+            self._path = None
+        self.close()
+
+    def close(self) -> None:
+        path, self._path = self._path, None
+        try:
+            if path is not None:
+                write(path, self.getvalue())
+        finally:
+            super().close()
+
+
+@epath.register_path_cls(_SCHEME)
+class BucketPath(gpath.PosixGPath):
+    """A path in a bucket; Orbax finds its way by it too."""
+
+    @property
+    def _backend(self) -> backend.Backend:
+        return _OBJECTS
+
+    def resolve(self, strict: bool = False) -> "BucketPath":
+        """Itself."""
+        del strict
+        return self
+
+
+Path = pathlib.Path | BucketPath  # a path on this machine or in a bucket
+_OBJECTS = _Objects()
+
+
+def is_object(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an object of that name."""
+    try:
+        read(path, slice(0, 0))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read(path: str | os.PathLike[str], part: slice | None = None) -> tensorstore.KvStore.ReadResult:
+    """An object's content, or a part of it, and its generation.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        BucketError: If the bucket does not give it.
+    """
+    store, key = _split(path)
+    with _named(path, "read"):
+        found = store.read(key, byte_range=part).result()
+    if found.state == "missing":
+        raise FileNotFoundError(errno.ENOENT, "No such object", os.fspath(path))
+    return found
+
+
+def write(path: str | os.PathLike[str], content: bytes | None, *, only_at: bytes | None = None) -> bytes | None:
+    """Makes or replaces an object; None removes it.
+
+    Args:
+        path: Its name.
+        content: Its content.
+        only_at: The generation that it must be of, empty where there must be none; None: whatever there is.
+
+    Returns:
+        Its generation; None where it was of another than `only_at`.
+
+    Raises:
+        BucketError: If the bucket does not take it.
+    """
+    store, key = _split(path)
+    with _named(path, "written"):
+        stamp = store.write(key, content, if_equal=_ABSENT if only_at == b"" else only_at).result()
+    return None if stamp.generation == b"" and only_at is not None else stamp.generation
+
+
+def names(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of all objects in a folder and the folders in it, behind the folder's own.
+
+    Raises:
+        BucketError: If the bucket does not say.
+    """
+    store, key = _split(folder)
+    prefix = f"{key}/".encode() if key else b""
+    # "0" comes behind "/".
+    within = tensorstore.KvStore.KeyRange(prefix, prefix[:-1] + b"0" if prefix else b"")
+    with _named(folder, "read"):
+        found = store.list(within, strip_prefix_length=len(prefix)).result()
+    return sorted(name for name in (key.decode(errors="replace") for key in found) if name)
+
+
+def remove(folder: str | os.PathLike[str], within: Sequence[str]) -> None:
+    """Removes objects of a folder."""
+    store, key = _split(folder)
+    with _named(folder, "written"):
+        for first in range(0, len(within), _IN_FLIGHT):
+            some = [store.write(f"{key}/{name}", None) for name in within[first : first + _IN_FLIGHT]]
+            for removal in some:
+                removal.result()
+
+
+def upload(source: pathlib.Path, target: str | os.PathLike[str], last: str = "") -> None:
+    """Writes the files of a folder of this machine to one in a bucket.
+
+    Args:
+        source: The folder.
+        target: Where they go, under the same names; what else is there stays.
+        last: The file without which the others are nothing; it is written when they all are there.
+
+    Raises:
+        BucketError: If the bucket does not take one.
+    """
+    files = sorted(file for file in source.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file == source / last):
+        write(posixpath.join(os.fspath(target), file.relative_to(source).as_posix()), file.read_bytes())
+
+
+@functools.cache
+def store_of(name: str) -> tensorstore.KvStore:
+    """A bucket by its name."""
+    context = tensorstore.Context(RETRIES)
+    return tensorstore.KvStore.open({"driver": "gcs", "bucket": name, "path": ""}, context=context).result()
+
+
+def _split(path: str | os.PathLike[str]) -> tuple[tensorstore.KvStore, str]:
+    """The bucket of a path, and the key in it."""
+    name, _, key = os.fspath(path).removeprefix(_SCHEME).partition("/")
+    with _named(path, "read"):
+        return store_of(name), key.rstrip("/")
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str], done: str) -> Iterator[None]:
+    """Turns what TensorStore raises into what the user can do."""
+    try:
+        yield
+    except Exception as error:  # of several kinds
+        raise refused(path, done, error) from None
+
+
+def refused(path: str | os.PathLike[str], done: str, error: Exception) -> BucketError:
+    """What an error of TensorStore says of a path in a bucket."""
+    return BucketError(f"{os.fspath(path)} cannot be {done} ({_reason(error)}")
+
+
+def is_out_of_reach(error: Exception) -> bool:
+    """Whether an error of TensorStore says nothing of what lies in a bucket, since that did not answer, or not us."""
+    return bool(_OUT_OF_REACH.search(str(error)))
+
+
+def _reason(error: Exception) -> str:
+    """What TensorStore says, in brackets that a caller opened, and behind them what helps."""
+    name = one_line(error)
+    code = re.search(r"http_response_code='(\d+)'", str(error))
+    if code is None or code[1] not in _HELPS:
+        return f"{name}); check the network, then start the same command again."
+    return f"HTTP {code[1]}): {_HELPS[code[1]]}."

@@ -1,0 +1,73 @@
+"""Files that grow while a run lasts, for a folder in a bucket: written on this machine and copied there now and then.
+
+An object cannot be appended to, so a file is written anew each time: at most every `SECONDS`, and the less often the
+longer it takes. What a run that is killed had not copied yet is of updates that the next one does again, since `push`
+comes before a checkpoint.
+"""
+
+import pathlib
+import shutil
+import tempfile
+import threading
+import time
+
+from daajax import bucket
+from daajax.console import say
+
+SECONDS = 30.0
+_SHARE = 20  # of the time, at most one part is spent on copying
+
+
+class Mirror:
+    """A folder on this machine, empty at first, whose files are copied to one in a bucket.
+
+    Args:
+        target: The folder in the bucket.
+
+    Attributes:
+        local: The one on this machine.
+    """
+
+    def __init__(self, target: bucket.BucketPath):
+        self._target, self.local = target, pathlib.Path(tempfile.mkdtemp(prefix="daajax-"))
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self._one, self._next = threading.Lock(), time.monotonic() + SECONDS
+        self._thread: threading.Thread | None = None
+
+    def fetch(self, name: str) -> None:
+        """Brings a file from the bucket, if it is there."""
+        file = self._target / name
+        if file.is_file():
+            (self.local / name).write_bytes(file.read_bytes())
+            self._copied[self.local / name] = _version(self.local / name)
+
+    def push_soon(self) -> None:
+        """Copies what has changed, in the background, if the time has come."""
+        if time.monotonic() >= self._next and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self.push, name="mirror", daemon=True)
+            self._thread.start()
+
+    def push(self) -> None:
+        """Copies what has changed. A bucket that does not take it is no reason to end a run: it is said."""
+        with self._one:
+            began = time.monotonic()
+            try:
+                for file in sorted(file for file in self.local.rglob("*") if file.is_file()):
+                    if self._copied.get(file) != (version := _version(file)):
+                        bucket.write(self._target / file.relative_to(self.local).as_posix(), file.read_bytes())
+                        self._copied[file] = version
+            except bucket.BucketError as error:
+                say(f"{error} The run goes on")
+            now = time.monotonic()
+            self._next = now + max(SECONDS, _SHARE * (now - began))
+
+    def close(self) -> None:
+        """Copies what has changed and removes the folder on this machine."""
+        self.push()
+        shutil.rmtree(self.local, ignore_errors=True)
+
+
+def _version(file: pathlib.Path) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
