@@ -8,8 +8,10 @@ where that is set. `path_of` gives a path that is used as a local one is, by Orb
 - Renaming copies, object by object, through this machine.
 """
 
+import collections
 import contextlib
 import errno
+import fcntl
 import fnmatch
 import functools
 import io
@@ -24,6 +26,7 @@ import tensorstore
 from etils import epath
 from etils.epath import backend, gpath, stat_utils
 
+from daajax.console import say
 from daajax.errors import UserError, one_line
 
 LOG_IN = "log in with `gcloud auth application-default login`"
@@ -33,6 +36,7 @@ _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[^/?#*\[\]\s]+)+")
 _ABSENT = b"\x02"  # the generation that TensorStore gives to what is not there; with an empty one it asks for nothing
 _IN_FLIGHT = 16  # objects that are removed or written at a time
 _GRANT = "have its owner grant you the role roles/storage.objectUser"
+_PART_BYTES, _READ_AHEAD = 32 << 20, 4  # of an object, read at once; parts that are read ahead of what is used
 _OUT_OF_REACH = re.compile("UNAVAILABLE|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED")
 _HELPS = {  # code of an answer: what the user can do
     "401": f"it is not open to everybody; {LOG_IN}",
@@ -227,6 +231,56 @@ def read(path: str | os.PathLike[str], part: slice | None = None) -> tensorstore
     return found
 
 
+def parts(path: str | os.PathLike[str], generation: bytes | None = None) -> Iterator[bytes]:
+    """An object's content, some of it at a time; a bucket does not say how much there is.
+
+    Args:
+        path: Its name.
+        generation: The one that is asked for; None: the one that it has when the first part is read.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        BucketError: If the bucket does not give it, or it is of another generation.
+    """
+    store, key = _split(path)
+
+    def read_part(begin: int) -> tensorstore.Future[tensorstore.KvStore.ReadResult]:
+        return store.read(key, byte_range=slice(begin, begin + _PART_BYTES))
+
+    ahead = collections.deque(read_part(number * _PART_BYTES) for number in range(_READ_AHEAD))
+    begin, is_last = 0, False
+    while not is_last:
+        with _named(path, "read"):
+            try:
+                found = ahead.popleft().result()
+                ahead.append(read_part(begin + _READ_AHEAD * _PART_BYTES))
+            except ValueError as error:
+                if "OUT_OF_RANGE" not in str(error):
+                    raise
+                # It ends within this part, which the bucket gives when it is asked for the rest.
+                is_last, found = True, _rest(store, key, begin)
+        if found is None:
+            return
+        if found.state == "missing":
+            raise FileNotFoundError(errno.ENOENT, "No such object", os.fspath(path))
+        if generation is None:
+            generation = found.stamp.generation
+        if found.stamp.generation != generation:
+            raise BucketError(f"{os.fspath(path)} was written to while it was read; start again.")
+        yield found.value
+        begin += len(found.value)
+
+
+def _rest(store: tensorstore.KvStore, key: str, begin: int) -> tensorstore.KvStore.ReadResult | None:
+    """What an object has from there on; None if that is nothing."""
+    try:
+        return store.read(key, byte_range=slice(begin, None)).result()
+    except ValueError as error:
+        if begin and "OUT_OF_RANGE" in str(error):
+            return None
+        raise
+
+
 def write(path: str | os.PathLike[str], content: bytes | None, *, only_at: bytes | None = None) -> bytes | None:
     """Makes or replaces an object; None removes it.
 
@@ -286,6 +340,19 @@ def upload(source: pathlib.Path, target: str | os.PathLike[str], last: str = "")
     files = sorted(file for file in source.rglob("*") if file.is_file())
     for file in sorted(files, key=lambda file: file == source / last):
         write(posixpath.join(os.fspath(target), file.relative_to(source).as_posix()), file.read_bytes())
+
+
+@contextlib.contextmanager
+def alone(home: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes of this host from a cache on its disk while the block lasts; they wait."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process fetches to {home}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from daajax import processes, sharding
-from daajax.config import Config, data_sources, shares, tokenizer_path
+from daajax import data_copies, processes, sharding
+from daajax.config import Config, DataSource, data_sources, shares, tokenizer_path
 from daajax.console import say
 from daajax.data import labelled, packing, windows
 from daajax.data.batches import Batches
@@ -77,9 +77,8 @@ def load_data(
     parts = {}
     for name, source in zip(names, sources, strict=True):
         read = functools.partial(
-            tokenized,
-            source.name,
-            source.path,
+            _read,
+            source,
             tokenizer_path(config),
             split=source.split,
             max_length=config.max_length,
@@ -91,7 +90,6 @@ def load_data(
             max_bad_rows=source.max_bad_rows,
             vocab_size=architecture.vocab_size,
             cache_dir=options.cache_dir,
-            option=source.option,
         )
         data = processes.after_first(read)
         what = option if len(sources) == 1 else f"{option} ({name})"
@@ -111,6 +109,12 @@ def load_data(
         data = labelled.with_mismatched(data, seed=config.seed, max_length=config.max_length)
         say(f"{option}: {data.notices[-1]}")
     return data
+
+
+def _read(source: DataSource, tokenizer: str, **options: Any) -> TokenizedData:
+    """A source's examples, tokenized; see `tokenized` for the options."""
+    path = data_copies.fetch(source.path, f"{source.option}.path")
+    return tokenized(source.name, path, tokenizer, option=source.option, **options)
 
 
 def _unread(data: TokenizedData, terms: Sequence[Term]) -> list[str]:

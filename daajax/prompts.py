@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from daajax import data_copies
 from daajax.data.bad_rows import BadRow
 from daajax.data.chat import load_template
 from daajax.data.files import Address, json_rows
@@ -31,6 +32,7 @@ def read(path: str, limit: int | None = None) -> list[Example]:
     Raises:
         UserError: If there is no file, no row, or a row without a prompt that can be used.
     """
+    path = data_copies.fetch(path, "--prompts")
     if not pathlib.Path(path).is_file():
         raise UserError(f"--prompts={path} is no file; a .jsonl or .jsonl.gz file is needed.")
     found = [_prompt_of(*entry) for entry in itertools.islice(json_rows(pathlib.Path(path), Address(path)), limit)]

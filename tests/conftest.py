@@ -37,6 +37,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
+from daajax import bucket as bucket_paths  # noqa: E402
+from daajax import data_copies  # noqa: E402
+from daajax.data import token_cache  # noqa: E402
 from daajax.models import bucket as buckets  # noqa: E402
 from tests import stores  # noqa: E402
 
@@ -108,10 +111,14 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
-    """A bucket, and a cache for its models."""
+    """A bucket, and caches for what lies in it."""
     bucket = stores.Bucket()
     with bucket.serving():
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.url)
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", stores.TOKEN)
         monkeypatch.setattr(buckets, "CACHE", tmp_path / "buckets")
+        monkeypatch.setattr(data_copies, "CACHE", tmp_path / "data")
+        monkeypatch.setattr(token_cache, "LOCAL", tmp_path / "tokens")
+        bucket_paths.store_of.cache_clear()
         yield bucket
+        bucket_paths.store_of.cache_clear()

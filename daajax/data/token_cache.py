@@ -1,7 +1,8 @@
 """Tokenized data, kept from run to run: one folder an entry, named by the digest of everything that goes into it.
 
 An entry is written beside its place and renamed into it, so there is all of it or nothing. Every file is checked
-against its digest before it is used: what is damaged is made again, and that is said.
+against its digest before it is used: what is damaged is made again, and that is said. A cache in a bucket is used
+through one on this machine: an entry is brought from there, or made and copied there.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from daajax import bucket
 from daajax.data import tokens
 from daajax.data.chat import template_text
 from daajax.data.sources import Source, open_source
@@ -27,7 +29,9 @@ from daajax.data.tokenizer import TOKENIZER_FILES, check_vocabulary, load_tokeni
 from daajax.data.tokens import Ids, TokenizedData
 from daajax.errors import UserError
 
+LOCAL = Path("~/.cache/daajax/tokens")  # what a cache in a bucket is used through
 FORMAT = 4  # raise it whenever the same rows would become other arrays
+_META = "meta.json"  # what the other files of an entry must be
 ARRAYS = (*tokens.ARRAYS, "starts", "id_text", "id_starts")  # the files of an entry, beside `tokens.COLUMNS`
 
 
@@ -98,11 +102,17 @@ def _find_or_make(
     cache_dir: str | Path, key: str, make: Callable[[], tuple[TokenizedData, str]], option: str
 ) -> TokenizedData:
     """The entry of that key, memory-mapped; `make` gives what an absent or damaged one should hold, and a notice."""
-    entry = Path(cache_dir).expanduser() / key
-    notices = []
+    cache, notices = bucket.path_of(str(cache_dir), f"{option}.cache_dir"), []
+    entry = (LOCAL if isinstance(cache, bucket.BucketPath) else cache).expanduser() / key
+    if isinstance(cache, bucket.BucketPath) and not entry.exists():
+        with _cache_errors_named(cache_dir, option):
+            _bring(cache / key, entry)
     if entry.exists():
         try:
-            return _with_notices(load(entry), f"cache: hit {entry.name}")
+            found = load(entry)
+            if isinstance(cache, bucket.BucketPath) and not bucket.is_object(cache / key / _META):
+                bucket.upload(entry, cache / key, _META)
+            return _with_notices(found, f"cache: hit {entry.name}")
         except DamagedError as reason:
             notices.append(f"cache: entry {entry} is damaged ({reason}): made again")
     with _cache_errors_named(cache_dir, option):  # before the work, not after it
@@ -111,7 +121,31 @@ def _find_or_make(
     with _cache_errors_named(cache_dir, option):
         save(data, entry)
         data = load(entry)
+    if isinstance(cache, bucket.BucketPath):
+        bucket.upload(entry, cache / key, _META)
     return _with_notices(data, *notices, notice)
+
+
+def _bring(source: bucket.BucketPath, entry: Path) -> None:
+    """Copies an entry from a bucket, if all of it is there."""
+    names = bucket.names(source)
+    if _META not in names:
+        return
+    scratch = _scratch(entry)
+    scratch.mkdir(parents=True)
+    try:
+        for name in names:
+            with (scratch / Path(name).name).open("wb") as file:
+                for part in bucket.parts(source / name):
+                    file.write(part)
+        _publish(scratch, entry)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(entry: Path) -> Path:
+    """A name beside an entry that nobody else writes to."""
+    return entry.with_name(f"{entry.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
@@ -154,7 +188,7 @@ def save(data: TokenizedData, entry: Path) -> None:
     Raises:
         OSError: If the folder cannot be written.
     """
-    scratch = entry.with_name(f"{entry.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    scratch = _scratch(entry)
     scratch.mkdir()
     try:
         files = {}
@@ -166,7 +200,7 @@ def save(data: TokenizedData, entry: Path) -> None:
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _file_digest(file)}
         content = {"key": entry.name, "files": files, "digest": data.digest}
         content |= {"counters": data.counters, "notices": data.notices}
-        with (scratch / "meta.json").open("wb") as handle:
+        with (scratch / _META).open("wb") as handle:
             handle.write(_canonical({"sha256": hashlib.sha256(_canonical(content)).hexdigest(), "content": content}))
             _flush(handle)
         _flush_folder(scratch)
@@ -183,7 +217,7 @@ def load(entry: Path) -> TokenizedData:
         DamagedError: If any of it is missing, is not what was written, or was written for another key.
     """
     try:
-        meta = json.loads((entry / "meta.json").read_bytes())
+        meta = json.loads((entry / _META).read_bytes())
         content = meta["content"]
         if hashlib.sha256(_canonical(content)).hexdigest() != meta["sha256"]:
             raise DamagedError("meta.json does not match its digest")

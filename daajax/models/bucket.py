@@ -5,7 +5,6 @@ TensorStore, which checkpoints go through as well, reads them; it finds the user
 
 import collections
 import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -15,7 +14,8 @@ from typing import Any
 
 import tensorstore
 
-from daajax import output
+from daajax import bucket, output
+from daajax.bucket import LOG_IN
 from daajax.console import Progress, say
 from daajax.errors import UserError, one_line
 from daajax.models.tensor_files import SECOND_COPY, STORED
@@ -25,9 +25,7 @@ CACHE = pathlib.Path("~/.cache/daajax/models")
 _PART_BYTES = 32 << 20  # read at once
 _HEADER_BYTES = 100_000_000  # most that safetensors allows
 _IN_FLIGHT = 8  # parts that are read ahead of what is written
-_LOG_IN = "log in with `gcloud auth application-default login`"
 _SMALL = "-without-weights"  # behind the name of a copy
-_CONTEXT = {"gcs_request_retries": {"max_retries": 5, "initial_delay": "250ms", "max_delay": "8s"}}
 
 
 def fetch(address: str, option: str, *, with_weights: bool, revision: str) -> tuple[str, str]:
@@ -41,12 +39,12 @@ def fetch(address: str, option: str, *, with_weights: bool, revision: str) -> tu
     if revision and (copy := _copy_of(home, revision, with_weights)):
         return copy, revision
     try:
-        store = tensorstore.KvStore.open(f"gs://{name}/", context=tensorstore.Context(_CONTEXT)).result()
+        store = tensorstore.KvStore.open(f"gs://{name}/", context=tensorstore.Context(bucket.RETRIES)).result()
         files = _generations(store)
         now = hashlib.sha256(json.dumps([name, sorted(files.items())]).encode()).hexdigest()[:40]
         if revision and now != revision:
             say(f"{option}: {address} has changed since the run began")
-        with _alone(home):
+        with bucket.alone(home):
             if not (copy := _copy_of(home, now, with_weights)):
                 copy = str(home / f"{now}{'' if with_weights else _SMALL}")
                 wanted = {file: files[file] for file in files if with_weights or not _is_among(file, STORED)}
@@ -57,7 +55,7 @@ def fetch(address: str, option: str, *, with_weights: bool, revision: str) -> tu
         raise UserError(f"{option}={address} cannot be copied to {home} ({error.strerror}); make room there.") from None
     except Exception as error:  # from TensorStore, of several kinds
         raise UserError(
-            f"{option}={address} cannot be read ({one_line(error)}); check the name and the network, or {_LOG_IN}."
+            f"{option}={address} cannot be read ({one_line(error)}); check the name and the network, or {LOG_IN}."
         ) from None
     return copy, now
 
@@ -77,7 +75,7 @@ def _generations(store: tensorstore.KvStore) -> dict[str, str]:
     names = sorted(key.decode(errors="replace") for key in store.list().result())
     names = [name for name in names if _is_among(name, (*STORED, *SMALL))]
     if not names:
-        raise _UnusableError(f"holds no model that you may list: check the name, or {_LOG_IN}")
+        raise _UnusableError(f"holds no model that you may list: check the name, or {LOG_IN}")
     reads = {name: store.read(name, byte_range=slice(0, 0)) for name in names}
     return {name: read.result().stamp.generation.hex() for name, read in reads.items()}
 
@@ -87,19 +85,6 @@ def _is_among(name: str, patterns: Sequence[str]) -> bool:
     return any(
         name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns
     ) and not fnmatch.fnmatchcase(name, SECOND_COPY)
-
-
-@contextlib.contextmanager
-def _alone(home: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes of this host from a cache while the block lasts; they wait."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process fetches to {home}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _make_copy(store: tensorstore.KvStore, files: dict[str, str], folder: pathlib.Path) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from daajax import command, inputs, output, run
+from daajax import bucket, command, inputs, output, run
 from daajax.config import Config, losses
 from daajax.console import say
 from daajax.data.tokens import TokenizedData
@@ -65,7 +65,7 @@ def plan(argv: Sequence[str]) -> None:
         raise UserError("no machines: name them with --topology=v5e:4x4, h200:8, …; --help has the kinds.")
     if values["tries"] is not None and values["tries"] < 1:
         raise UserError(f"--tries={values['tries']}: at least one layout must be tried.")
-    path = None if values["output"] is None else pathlib.Path(values["output"])
+    path = None if values["output"] is None else bucket.path_of(values["output"], "--output")
     if path is not None:
         output.check(path)
     cache = Cache(values["cache"] or CACHE)

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from daajax import bucket as bucket_paths
 from daajax.errors import UserError
 from daajax.models import bucket as buckets
 from daajax.models import directory
@@ -325,7 +326,7 @@ def test_an_address_of_no_bucket_is_refused(bucket, address):
 
 
 def test_a_bucket_out_of_order_is_refused_in_one_line(bucket, monkeypatch):
-    monkeypatch.setattr(buckets, "_CONTEXT", {"gcs_request_retries": {"max_retries": 1}})
+    monkeypatch.setattr(bucket_paths, "RETRIES", {"gcs_request_retries": {"max_retries": 1}})
     bucket.status = 503
     assert "cannot be read (ValueError: ABORTED: All 1 retry attempts failed" in refused(BUCKET)
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")
