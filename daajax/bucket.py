@@ -20,7 +20,7 @@ import pathlib
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import tensorstore
 from etils import epath
@@ -82,7 +82,7 @@ def path_of(address: str, option: str) -> "Path":
 class _Objects(backend.Backend):
     """The objects of all buckets, as etils asks for files."""
 
-    def open(self, path: Any, mode: str) -> IO[Any]:
+    def open(self, path: Any, mode: str) -> Any:
         if "a" in mode:
             raise io.UnsupportedOperation(f"{os.fspath(path)}: nothing is appended to an object")
         if "w" in mode:

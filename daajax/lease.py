@@ -73,7 +73,7 @@ class _Lease:
             except FileNotFoundError:  # just let go of
                 continue
             holder, seconds = _said(found.value)
-            say(f"--workdir={self._where} is locked by {holder}: waiting for {seconds} s whether it is alive")
+            say(f"--workdir={self._where} is locked by {holder}: waiting for {seconds:g} s whether it is alive")
             if not self._is_free(found.stamp.generation, holder, seconds):
                 continue
             if self._write(found.stamp.generation):
@@ -144,4 +144,4 @@ def _said(content: bytes) -> tuple[str, float]:
         said = json.loads(content)
         return str(said["holder"]), float(said["seconds"])
     except (ValueError, TypeError, KeyError):
-        return "somebody unknown", SECONDS
+        return "somebody unknown", float(SECONDS)

@@ -164,6 +164,7 @@ class Bucket(Store):
     Attributes:
         broken: Names of files whose content nobody may read.
         read_only: Whether nothing may be written.
+        written: Method and name of all that was written or removed.
     """
 
     def __init__(self):
@@ -173,6 +174,7 @@ class Bucket(Store):
         self._one = threading.RLock()  # a request after the other
         self.broken: set[str] = set()
         self.read_only = False
+        self.written: list[str] = []
 
     def write(self, folder: str, files: Files) -> None:
         """Writes files to `gs://bucket/<folder>`; each gets a new generation."""
@@ -210,6 +212,8 @@ class Bucket(Store):
                 return 403, b"{}", {}
             if query.get("ifGenerationMatch", str(generation)) != str(generation):
                 return 412, b"{}", {}
+            if method != "GET" and (generation or method == "POST"):
+                self.written.append(f"{method} {name}")
             if method == "POST":
                 self._generation += 1
                 content, generation = self._objects[name] = body, self._generation
