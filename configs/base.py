@@ -53,12 +53,14 @@ def data_options() -> Any:
     # kind of source: jsonl, parquet (a file or a folder of them), hh (hh-rlhf's text), tfds (a folder that TensorFlow
     # Datasets prepared), hub (a folder, or owner/name on the Hugging Face Hub)
     options.name = "jsonl"
-    options.path = optional_text()  # where it is
+    options.path = (
+        optional_text()
+    )  # where it is; a file or a folder may also be gs://bucket/…, which is copied here first
     options.split = optional_text()  # which part of a folder or prepared data set, such as train
     options.limit = optional_int()  # first so many examples; None: all
     options.max_bad_rows = 0  # malformed rows that are skipped and counted before the run refuses the data
     options.truncation = "truncate"  # examples over max_length or max_prompt_length: truncate or drop
-    options.cache_dir = "~/.cache/daajax/tokens"  # tokenized data; None: not kept
+    options.cache_dir = "~/.cache/daajax/tokens"  # tokenized data, here or in gs://bucket/folder; None: not kept
     # further sources: ({'name': 'hh', 'path': 'hh-rlhf', 'split': 'train', 'weight': 0.3},); also limit, max_bad_rows
     options.extra = ()
     return options
@@ -143,7 +145,8 @@ def get_config() -> Any:
     config.reference.ema = config_dict.ConfigDict()
     config.reference.ema.decay = 0.4  # 0: a hard update; TR-DPO's α is 1 - decay
     config.reference.ema.every = 512  # updates between two such steps
-    config.reference.cache_dir = "~/.cache/daajax/reference"  # reference log-probs, shared by every run
+    # reference log-probs, shared by every run; here or in gs://bucket/folder
+    config.reference.cache_dir = "~/.cache/daajax/reference"
 
     config.optimizer = config_dict.ConfigDict()
     config.optimizer.name = "adamw"  # adamw, rmsprop, sgd, adafactor, lion

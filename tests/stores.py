@@ -181,7 +181,7 @@ class Bucket(Store):
         with self._one:
             for name, content in files.items():
                 self._generation += 1
-                self._objects[f"{folder}/{name}"] = content, self._generation
+                self._objects[f"{folder}/{name}".lstrip("/")] = content, self._generation
 
     def files(self, folder: str) -> Files:
         """The files of `gs://bucket/<folder>`, by name."""

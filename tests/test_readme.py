@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests import worlds
+from tests import stores, worlds
 
 README = worlds.ROOT / "README.md"
 LAUNCHERS = worlds.ROOT / "launch" / "README.md"
@@ -106,17 +106,28 @@ def ran(tmp_path_factory):
     worlds.write_rows(home / "pairs.jsonl", rows[:12])
     worlds.write_rows(home / "held_out.jsonl", rows[12:])
     caches = [f"{name}.cache_dir={home / name}" for name in ("data", "eval_data", "reference")]
-    results = {}
+    bucket, results = stores.Bucket(), {}
+    bucket.write("Llama-3.2-1B-Instruct", stores.files_of(home / "models" / "Llama-3.2-1B-Instruct"))
+    bucket.write("", {"pairs.jsonl": (home / "pairs.jsonl").read_bytes()})
     for words in OURS:
         module, arguments = module_of(words)
         # A recipe that is given in epochs is short on few examples; the others start from a run or a model.
-        small = [f"--config.{option}" for option in (*SMALL, *caches)] if module in ("train", "precompute") else []
+        of_bucket = any("gs://" in word for word in words)
+        kept = caches[1:2] if of_bucket else caches
+        small = [f"--config.{option}" for option in (*SMALL, *kept)] if module in ("train", "precompute") else []
         if module == "plan":
             if importlib.machinery.PathFinder.find_spec(COMPILER, [str(AHEAD), *sys.path]) is None:
                 continue
             small = [*PLANNED, f"--cache={home / 'plans'}"]
-        result = worlds.command(module, *arguments, *small, cwd=home, JAX_NUM_CPU_DEVICES="1")
+        with bucket.serving():
+            places = {"TENSORSTORE_GCS_HTTP_URL": bucket.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": stores.TOKEN}
+            places = {"HOME": str(home), **places} if of_bucket else {}
+            result = worlds.command(module, *arguments, *small, cwd=home, JAX_NUM_CPU_DEVICES="1", **places)
         results[" ".join(words)] = result
+    for name, content in bucket.files("runs").items():  # beside the folders of the other runs, to be looked at likewise
+        file = home / "gs:" / "bucket" / "runs" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
     return home, results
 
 
