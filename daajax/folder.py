@@ -45,7 +45,7 @@ MAY_CHANGE = (
     "watchdog_minutes",
 )
 _LENGTH = ("epochs", "steps")  # of a run; a finished one is not finished if they change
-_CONFIG, _METRICS, _FINISHED, _LOCK = "config.json", "metrics.jsonl", "finished", ".lock"
+_CONFIG, _METRICS, _FINISHED, LOCK = "config.json", "metrics.jsonl", "finished", ".lock"
 _REVISIONS = "revisions.json"
 _NAMED = 3  # differences
 _SEEN_SECONDS = 10  # within which all hosts see a file
@@ -85,11 +85,11 @@ def claimed(where: bucket.Path, config: Config) -> Iterator[State]:
 def _sees(where: bucket.Path, token: str) -> bool:
     """Whether the lock in a folder says this; another host may see only after a while what one has written."""
     if isinstance(where, bucket.BucketPath):  # the bucket says the same to all
-        return token in bucket.read(where / _LOCK).value.decode()
+        return token in bucket.read(where / LOCK).value.decode()
     for _ in range(_SEEN_SECONDS):
         with contextlib.suppress(OSError):
             os.listdir(where.parent)  # which makes a network's file system look
-            if token in (where / _LOCK).read_text(encoding="utf-8", errors="replace"):
+            if token in (where / LOCK).read_text(encoding="utf-8", errors="replace"):
                 return True
         time.sleep(1)
     return False
@@ -107,14 +107,14 @@ def _claimed(where: bucket.Path, config: Config) -> Iterator[tuple[State, str]]:
         where.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={where} cannot be made ({error.strerror}); name another folder.") from None
-    with _lock(where) as holder:
+    with locked(where) as holder:
         found = examine(where, config)  # again: until now another run may have changed it
         for name, line in _changes(where, config) if found == "unfinished" else ():
             say(f"config: {line}{'' if may_change(name) else ' (forced)'}")
         try:
             yield found, holder
         finally:
-            if isinstance(where, pathlib.Path) and [path.name for path in where.iterdir()] == [_LOCK]:
+            if isinstance(where, pathlib.Path) and [path.name for path in where.iterdir()] == [LOCK]:
                 output.remove_folder(where)
 
 
@@ -124,7 +124,7 @@ def examine(where: bucket.Path, config: Config) -> State:
     Raises:
         UserError: If it holds something else, or nothing can be written there.
     """
-    if not where.exists() or (where.is_dir() and not any(path.name != _LOCK for path in where.iterdir())):
+    if not where.exists() or (where.is_dir() and not any(path.name != LOCK for path in where.iterdir())):
         if isinstance(where, pathlib.Path):  # that a bucket takes nothing shows when its lock is written
             above = next(parent for parent in (where, *where.resolve().parents) if parent.exists())
             if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -230,15 +230,15 @@ def read_revisions(where: bucket.Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lock(where: bucket.Path) -> Iterator[str]:
+def locked(where: bucket.Path) -> Iterator[str]:
     """Holds a folder's lock, and gives what it says; the system lets go of it when the process ends in any way."""
     now = datetime.datetime.now().isoformat(" ", "seconds")
     holder = f"process {os.getpid()} on {socket.gethostname()} since {now}"
     if isinstance(where, bucket.BucketPath):
-        with lease.held(where / _LOCK, holder):
+        with lease.held(where / LOCK, holder):
             yield holder
         return
-    with _opened(where / _LOCK) as file:
+    with _opened(where / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

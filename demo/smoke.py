@@ -2,9 +2,11 @@
 
 3 updates of a tiny random model on every device that the processes have, by `python -m daajax.train`. The first loss of
 DPO is ln 2 whatever the model, if every device computes what it should. Each process makes model, tokenizer and pairs
-for itself, alike. Exit code 0 says that it worked; the trainer's own code is passed on.
+for itself, alike. A trial that was interrupted begins again in its folder. Exit code 0 says that it worked; the
+trainer's own code is passed on.
 """
 
+import json
 import math
 import os
 import pathlib
@@ -15,7 +17,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from daajax import bucket, folder, output
 from daajax.console import say
+from daajax.errors import UserError
 from demo import world
 
 BATCH, UPDATES = 64, 3
@@ -39,9 +43,13 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="daajax-smoke-") as folder:
         home = pathlib.Path(folder)
-        workdir = pathlib.Path(given[0]).absolute() if given else home / "run"
-        if (workdir / "metrics.jsonl").exists():
-            say(f"error: {workdir} holds a run already; name a folder that is not there yet.")
+        is_first = next((os.environ[name] for name in NUMBERS if name in os.environ), "0") == "0"
+        try:
+            workdir = bucket.path_of(given[0], "--workdir").absolute() if given else home / "run"
+            if is_first:
+                clear(workdir)
+        except UserError as error:
+            say(f"error: {error}")
             return 1
         make(home)
         # Paths in a folder of its own, so that the line is the same in every process.
@@ -54,11 +62,32 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, lambda number, _: trainer.send_signal(number))
         if code := trainer.wait():
             return code if code > 0 else 128 - code  # a negative one is a signal, as a shell spells it
-        if next((os.environ[name] for name in NUMBERS if name in os.environ), "0") != "0":
+        if not is_first:
             return 0
         metrics = workdir / "metrics.jsonl"
-        rows = world.read_rows(metrics) if metrics.exists() else []
+        rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else []
     return judge([row["loss"] for row in rows])
+
+
+def clear(workdir: bucket.Path) -> None:
+    """Removes what a trial that was interrupted left in a folder, so that this one begins afresh.
+
+    Raises:
+        UserError: If there is anything else, or another trial is at work there.
+    """
+    if not workdir.exists():
+        return
+    with folder.locked(workdir):
+        left = [path for path in workdir.iterdir() if path.name != folder.LOCK]
+        if not {path.name for path in left} <= {"reference"}:  # which comes before the run begins to be one
+            config = folder.read_config(workdir)
+            is_trial = (config["model"].get("path"), config.get("data", {}).get("path")) == ("model", "pairs.jsonl")
+            if not is_trial or (workdir / "finished").exists():
+                raise UserError(f"--workdir={workdir} holds a run already; name a folder that is not there yet.")
+        if left:
+            say(f"smoke: {workdir} holds a trial that was interrupted: it begins again")
+        for path in left:
+            output.remove_folder(path) if path.is_dir() else path.unlink()
 
 
 def judge(losses: Sequence[float]) -> int:

@@ -71,6 +71,7 @@ fi
 for option in NODES GPUS CHIPS; do
   [[ ${value[$option]} =~ ^[1-9][0-9]*$ ]] || fail "--${option,,}=${value[$option]}: a whole number of at least 1 is needed."
 done
+value[DEATHS]=$((20 * value[NODES]))
 if [[ $kind == tpu ]]; then
   [[ ${value[TOPOLOGY]:-} =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || fail "--topology=${value[TOPOLOGY]:-} is needed, such as 4x4."
   all=$((${value[TOPOLOGY]//x/*}))

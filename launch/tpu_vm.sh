@@ -16,7 +16,7 @@ usage="usage: launch/tpu_vm.sh --zone=ZONE --type=TYPE [options] --config=RECIPE
                     TPU has several hosts, with --workdir=DIR too
   --dry-run         print every gcloud line
 Everything else goes to \`python -m daajax.train\` on every host, in a copy of this checkout; DIR, and what else is read,
-on a disk that all hosts share (--setup), or gs:// where an option takes it. The same line again goes on watching.
+is gs://bucket/folder, or on a disk that all hosts share (--setup). The same line again goes on watching.
 Variables: RESTARTS, how often a death or a stand-still is tried again (10) · POLL_SECONDS between two looks (30)
 Exit codes: 0 done, 1 an error, 130 stopped from the keyboard (training goes on), else that of the training."
 
@@ -56,7 +56,7 @@ for argument in "$@"; do
 done
 [[ -n $zone && -n $type ]] || fail "--zone=ZONE and --type=TYPE are needed; --help says more."
 [[ $module == demo.smoke ]] || ((recipe)) || fail "no recipe: --config=configs/dpo_llama.py, or --smoke to try the TPU."
-[[ $module == demo.smoke || " ${arguments[*]}" == *" --workdir="* ]] || fail "--workdir=DIR is needed, on a disk that all hosts share."
+[[ $module == demo.smoke || " ${arguments[*]}" == *" --workdir="* ]] || fail "--workdir=gs://bucket/folder is needed, or one on a disk that all hosts share."
 if [[ -z $runtime ]]; then
   case $type in
     v4-*) runtime=tpu-ubuntu2204-base ;;
@@ -143,6 +143,10 @@ follow() { # sets ended: the exit code of the training, NONE if there is no trai
   sed -i '/^exit code /d' "$log.part"
 }
 
+erred() { # whether a host's training ended with a clear error, which the other hosts know as its death alone
+  on_hosts all "$remote/launch/tpu_worker.sh code" 2>/dev/null | grep -qx 'exit code 1'
+}
+
 finish() { # CODE
   if ((keep)); then
     say "the TPU is kept; its end: gcloud compute tpus queued-resources delete $name --force ${where[*]}"
@@ -189,6 +193,10 @@ while true; do
           ;;
         *)
           if [[ $ended != 42 ]]; then
+            if erred; then
+              say "the training of another host ended with an error; its log there: ~/daajax-run/log"
+              finish 1
+            fi
             restarts=$((restarts + 1))
             ((restarts <= ${RESTARTS:-10})) || finish "$ended"
           fi

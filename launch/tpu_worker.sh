@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh has done on each host of a TPU: set-up · start MODULE ARGUMENTS... · follow LINE.
+# What launch/tpu_vm.sh has done on each host of a TPU: set-up · start MODULE ARGUMENTS... · follow LINE · code.
 # The training outlives the connection that started it; ~/daajax-run has its log, process and exit code.
 set -euo pipefail
 
@@ -51,8 +51,11 @@ case ${1:-} in
       echo "exit code 137" # not even its shell is there: killed, or the host was started anew
     fi
     ;;
+  code) # how the training ended, if it has
+    [[ ! -f $run/code ]] || echo "exit code $(<"$run/code")"
+    ;;
   *)
-    echo "launch/tpu_worker.sh: set-up, start MODULE ARGUMENTS... or follow LINE, not ${1:-nothing}" >&2
+    echo "launch/tpu_worker.sh: set-up, start MODULE ARGUMENTS..., follow LINE or code, not ${1:-nothing}" >&2
     exit 1
     ;;
 esac

@@ -1,12 +1,16 @@
 """The trial run of launchers: what it makes, how it judges, and that it works."""
 
 import hashlib
+import json
 import math
 import subprocess
 import sys
 
 import pytest
 
+from daajax import bucket as buckets
+from daajax import folder
+from daajax.errors import UserError
 from daajax.models.families import read_architecture
 from demo import smoke
 from tests import worlds
@@ -45,10 +49,49 @@ def test_what_is_not_understood_is_one_line(capsys, monkeypatch, tmp_path):
     assert "'--dance' is not understood" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").touch()
     assert smoke.main([f"--workdir={tmp_path}"]) == 1
-    assert "holds a run already" in capsys.readouterr().out
+    assert "exists and is not a run's folder" in capsys.readouterr().out
+    assert smoke.main(["--workdir=s3://bucket/run"]) == 1
+    assert "s3:// is neither read nor written" in capsys.readouterr().out
     monkeypatch.setenv("DAAJAX_NUM_PROCESSES", "2")
     assert smoke.main([]) == 1
     assert "several processes need one folder" in capsys.readouterr().out
+
+
+TRIAL = {"model": {"path": "model"}, "data": {"path": "pairs.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"config.json": TRIAL, "metrics.jsonl": 1, "checkpoints/3/x": 1}, ""),
+        ({"reference/part": 1}, ""),  # interrupted before its first update
+        ({"config.json": TRIAL, "finished": 1}, "holds a run already; name a folder that is not there yet"),
+        ({"config.json": TRIAL | {"model": {"path": "mine"}}}, "holds a run already"),
+        ({"thesis.tex": 1}, "is not a run's folder"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("place", ["here", "bucket"])
+def test_a_trial_that_was_interrupted_begins_again_in_its_folder(bucket, tmp_path, place, files, words):
+    workdir = tmp_path / "run" if place == "here" else buckets.BucketPath("gs://bucket/run")
+    for name, content in files.items():
+        (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / name).write_text(json.dumps(content))
+    if words:
+        with pytest.raises(UserError, match=words):
+            smoke.clear(workdir)
+        assert all((workdir / name).exists() for name in files)
+        return
+    smoke.clear(workdir)
+    assert not any((workdir / name).exists() for name in files)
+    smoke.clear(workdir)  # there is nothing left, which is fine
+
+
+def test_a_trial_that_is_at_work_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TRIAL))
+    with folder.locked(tmp_path), pytest.raises(UserError, match="another run is at work there"):
+        smoke.clear(tmp_path)
+    assert (tmp_path / "config.json").exists()
 
 
 @pytest.mark.slow

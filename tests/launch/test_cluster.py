@@ -148,6 +148,10 @@ def test_gpu_pods_know_of_each_other():
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
 
 
+def test_deaths_are_allowed_for_each_node():
+    assert of_gpus()[1]["spec"]["backoffLimit"] == 20 * 4
+
+
 def test_exit_codes_of_gpu_pods_have_their_meaning():
     job = of_gpus()[1]
     found = {

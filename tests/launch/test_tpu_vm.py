@@ -25,7 +25,7 @@ words = sys.argv[1:]
 verb = words[3]
 if verb == "ssh":
     said = next(word for word in words if word.startswith("--command="))
-    verb = next(name for name in ("set-up", "start", "follow") if f"tpu_worker.sh {{name}}" in said)
+    verb = next(name for name in ("set-up", "start", "follow", "code") if f"tpu_worker.sh {{name}}" in said)
 with (home / "calls").open("a") as calls:
     calls.write(json.dumps([verb, words]) + "\\n")
 if verb in ("describe", "follow"):
@@ -39,6 +39,8 @@ if verb in ("describe", "follow"):
         print(first, file=sys.stderr)
         sys.exit(1)
     print(first)
+if verb == "code":
+    print((home / "codes").read_text())
 if verb == "scp":
     import tarfile
     (home / "copied").write_text("\\n".join(tarfile.open(words[4]).getnames()))
@@ -57,7 +59,12 @@ def checkout(tmp_path):
 
 
 def launch(
-    checkout: Path, *arguments: str, states: Sequence[str | None] = (), logs: Sequence[str] = (), **environment: str
+    checkout: Path,
+    *arguments: str,
+    states: Sequence[str | None] = (),
+    logs: Sequence[str] = (),
+    codes: str = "",
+    **environment: str,
 ) -> tuple[int, str, str, list[str]]:
     """Runs the launcher; returns its exit code, what it printed, and what gcloud was asked for."""
     home = checkout.parent
@@ -67,6 +74,7 @@ def launch(
     gcloud.chmod(0o755)
     (home / "describe.json").write_text(json.dumps(states))
     (home / "follow.json").write_text(json.dumps(logs))
+    (home / "codes").write_text(codes)
     result = subprocess.run(
         [checkout / "launch/tpu_vm.sh", *arguments],
         env={"PATH": f"{home}/bin:{os.environ['PATH']}", "POLL_SECONDS": "0"} | environment,
@@ -135,6 +143,14 @@ def test_who_is_started_again(checkout, logs, code, starts):
     assert asked[-1] == "delete"
 
 
+def test_a_clear_error_of_another_host_ends_it(checkout):
+    codes = "SSH: connecting to worker 1\nexit code 134\nexit code 1"
+    ended, _, err, asked = launch(checkout, *LINE, states=["ACTIVE"], logs=["exit code 134"], codes=codes)
+    assert ended == 1
+    assert asked == ["follow", "code", "delete"]
+    assert "the training of another host ended with an error; its log there: ~/daajax-run/log" in err
+
+
 def test_a_kept_tpu_is_not_deleted(checkout):
     code, _, err, asked = launch(checkout, *LINE, "--keep", states=["ACTIVE"], logs=["exit code 0"])
     assert code == 0
@@ -163,7 +179,7 @@ def test_a_gcloud_that_does_not_answer_ends_it(checkout):
         ([], "--zone=ZONE and --type=TYPE are needed"),
         (["--zone"], "--zone needs its value behind a ="),
         (["--zone=z", "--type=v5litepod-8"], "no recipe"),
-        (["--zone=z", "--type=v5litepod-8", "--config=c.py"], "--workdir=DIR is needed"),
+        (["--zone=z", "--type=v5litepod-8", "--config=c.py"], "--workdir=gs://bucket/folder is needed"),
         (["--zone=z", "--type=v9-8", "--smoke"], "--type=v9-8: no runtime is known for it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -239,6 +255,7 @@ def worker(checkout, tmp_path):
 
 def test_a_host_runs_a_training_that_outlives_its_connection(worker, tmp_path):
     assert worker("follow") == "exit code NONE\n"
+    assert worker("code") == ""
     (tmp_path / "lock").touch()
     program = '#!/bin/sh\necho "$GLIBC_TUNABLES"\nfor word; do echo "$word"; done\nexit 42\n'
     said = worker("start", "daajax.train", "--config=a b.py", program=program)
@@ -247,6 +264,7 @@ def test_a_host_runs_a_training_that_outlives_its_connection(worker, tmp_path):
     log = ["glibc.malloc.hugetlb=1", "-m", "daajax.train", "--config=a b.py", "exit code 42"]
     assert worker("follow", "0").splitlines() == log
     assert worker("follow", "3").splitlines() == log[3:]
+    assert worker("code") == "exit code 42\n"
 
 
 def test_a_killed_training_is_known_and_a_hanging_one_ends_when_another_starts(worker, tmp_path):
