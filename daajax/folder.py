@@ -84,8 +84,10 @@ def claimed(where: bucket.Path, config: Config) -> Iterator[State]:
 
 def _sees(where: bucket.Path, token: str) -> bool:
     """Whether the lock in a folder says this; another host may see only after a while what one has written."""
-    if isinstance(where, bucket.BucketPath):  # the bucket says the same to all
-        return token in bucket.read(where / LOCK).value.decode()
+    if isinstance(where, bucket.BucketPath):  # the bucket says the same to all at once
+        with contextlib.suppress(FileNotFoundError):
+            return token in bucket.read(where / LOCK).value.decode(errors="replace")
+        return False
     for _ in range(_SEEN_SECONDS):
         with contextlib.suppress(OSError):
             os.listdir(where.parent)  # which makes a network's file system look

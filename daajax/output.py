@@ -92,14 +92,18 @@ def append(path: bucket.Path, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(line)
         return
+    is_tried = False
     while True:  # until nobody has written to it meanwhile
         try:
             found = bucket.read(path)
             content, generation = found.value, found.stamp.generation
         except FileNotFoundError:
             content, generation = b"", b""
+        if is_tried and content.endswith(line.encode()):  # it was written, and the answer was lost
+            return
         if bucket.write(path, content + line.encode(), only_at=generation) is not None:
             return
+        is_tried = True
 
 
 def copy(source: str, patterns: Sequence[str], folder: pathlib.Path) -> None:

@@ -180,7 +180,7 @@ def cluster_states(cluster: Cluster) -> str:
     return result.stdout + result.stderr
 
 
-def stand_in(folder: Path, *, first: int = 0, then: int = 0) -> tuple[str, Path]:
+def stand_in(folder: Path, *, first: int | str = 0, then: int = 0) -> tuple[str, Path]:
     """A program that takes the trainer's place; where it says that a process has started."""
     ready = folder / "ready-"
     program = folder / "python"
@@ -216,6 +216,14 @@ def test_a_job_that_dies_is_restarted_so_many_times(cluster, tmp_path):
 
 def test_a_clear_error_ends_the_job(cluster, tmp_path):
     python, _ = stand_in(tmp_path, first=1)
+    number = cluster.submit("--config=c.py", PYTHON=python)
+    cluster.wait_for_state(number, "FAILED")
+    assert cluster.job(number)["Restarts"] == "0"
+    assert cluster.job(number)["ExitCode"] == "1:0"
+
+
+def test_a_clear_error_of_one_process_ends_the_job(cluster, tmp_path):
+    python, _ = stand_in(tmp_path, first="(1, 134)[int(number)]")  # the other one lost it
     number = cluster.submit("--config=c.py", PYTHON=python)
     cluster.wait_for_state(number, "FAILED")
     assert cluster.job(number)["Restarts"] == "0"

@@ -34,7 +34,7 @@ from daajax.models.tensor_files import FLOATS, INDEX, SINGLE, Directory, differ,
 Params = dict[str, Any]
 Flat = dict[str, Any]  # the leaves of Params by path
 
-_SHARD_BYTES = 5_000_000_000
+_SHARD_BYTES, _BUCKET_SHARD_BYTES = 5_000_000_000, 1_000_000_000  # in a bucket, where a file is one request
 CONFIG = "config.json"
 # What a model directory holds besides weights and what makes it loadable elsewhere; carried along.
 COMPANIONS = (CONFIG, "generation_config.json", "LICENSE*", "NOTICE*")
@@ -270,7 +270,7 @@ def _save(
     with contextlib.ExitStack() as stack:
         enter = output.replacing_folder(target, last=CONFIG)
         partial = pathlib.Path(processes.from_first(lambda: str(stack.enter_context(enter))))
-        shards = _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)))
+        shards = _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture)), _SHARD_BYTES)
 
         def complete() -> None:
             _name_shards(partial, shards)
@@ -287,7 +287,8 @@ def _save_to_bucket(
     """As `_save`; each process copies what it has written, and the first one then what makes a model of it."""
     with tempfile.TemporaryDirectory(prefix="daajax-") as scratch:
         partial = pathlib.Path(scratch)
-        _name_shards(partial, _write_tensors(partial, tensors(params, architecture, _dtypes(model_path, architecture))))
+        found = tensors(params, architecture, _dtypes(model_path, architecture))
+        _name_shards(partial, _write_tensors(partial, found, min(_SHARD_BYTES, _BUCKET_SHARD_BYTES)))
         processes.first_alone(lambda: output.void(target, CONFIG))
         if not processes.is_first():
             bucket.upload(partial, target)
@@ -357,8 +358,14 @@ def tensors(
             yield tensor.name, value.astype(dtype)
 
 
-def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> list[dict[str, int]]:
-    """Writes files of tensors, each process every so many-th of them; of every file, bytes of each of its tensors."""
+def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], most: int) -> list[dict[str, int]]:
+    """Writes files of tensors, each process every so many-th of them; of every file, bytes of each of its tensors.
+
+    Args:
+        folder: Where they go.
+        tensors: Names and values.
+        most: Bytes of a file, unless one tensor has more.
+    """
     shards: list[dict[str, int]] = [{}]
     kept: dict[str, np.ndarray] = {}
 
@@ -370,7 +377,7 @@ def _write_tensors(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray
             kept.clear()
 
     for name, value in tensors:
-        if shards[-1] and sum(shards[-1].values()) + value.nbytes > _SHARD_BYTES:
+        if shards[-1] and sum(shards[-1].values()) + value.nbytes > most:
             flush()
             shards.append({})
         shards[-1][name] = value.nbytes
