@@ -306,12 +306,12 @@ class Checkpoints:
 
     def _remove_old(self, folder: bucket.BucketPath) -> None:
         """Removes the checkpoints in a bucket that are not to be kept."""
-        steps = self.steps
-        kept = {*steps[-self._keep :], self._best_of(steps)}
         try:
+            steps = self.steps
+            kept = {*steps[-self._keep :], self._best_of(steps)}
             for step in (step for step in steps if step not in kept and processes.is_first()):
                 _remove(folder / str(step))
-        except bucket.BucketError as error:
+        except UserError as error:  # of the bucket
             say(f"a checkpoint that is not needed any more could not be removed: {error} The run goes on")
 
     def _succeeds(self, step: int, act: Callable[[], object]) -> bool:

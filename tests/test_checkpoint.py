@@ -319,7 +319,7 @@ def test_a_failure_in_the_background_is_heard_at_the_next_save_and_does_not_lose
     save(saved, 1)
     small_files(20_000)  # a state has 80 kB
     save(saved, 2, wait=False)
-    while saved._manager.is_saving_in_progress():
+    while saved._opened.is_saving_in_progress():
         time.sleep(0.01)
     small_files(resource.RLIM_INFINITY)
     save(saved, 3)
