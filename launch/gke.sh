@@ -65,7 +65,7 @@ if [[ ${value[MODULE]} == demo.smoke ]]; then
   ((workdir)) || arguments+=("--workdir=/shared/runs/smoke-${value[NAME]}-$(date +%Y%m%d-%H%M%S)")
 else
   ((recipe)) || fail "no recipe: --config=configs/dpo_llama.py, or --smoke to try the cluster."
-  ((workdir)) || fail "--workdir=/shared/DIR is needed: what lies elsewhere is gone with its pod."
+  ((workdir)) || fail "--workdir=/shared/DIR or gs://bucket/folder is needed: what lies in a pod is gone with it."
 fi
 [[ ${value[NAME]} =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "--name=${value[NAME]}: up to 40 of a-z, 0-9 and -, a letter first."
 for option in NODES GPUS CHIPS; do

@@ -15,6 +15,7 @@ from daajax import data_copies, lease, output, prompts, reference
 from daajax.data import token_cache
 from daajax.errors import UserError
 from daajax.mirror import Mirror
+from daajax.watchdog import Watchdog
 from tests import stores, worlds
 
 ROOT = buckets.BucketPath("gs://bucket/a/run")
@@ -270,6 +271,14 @@ def test_a_mirror_copies_by_itself_when_the_time_has_come(bucket, monkeypatch):
         assert time.monotonic() < end
         time.sleep(0.01)
     mirror.close()
+
+
+def test_what_a_hanging_run_was_doing_is_written_to_its_bucket(bucket, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr("daajax.processes.leave_stuck", ended.set)
+    with Watchdog(ROOT, 0.001):
+        assert ended.wait(20)
+    assert b"test_what_a_hanging_run_was_doing" in bucket.files("a/run")["stacks/process-0.txt"]
 
 
 # ---------------------------------------------------------------------- the lock

@@ -209,7 +209,7 @@ def test_a_trial_of_a_cluster_has_a_folder_of_its_own():
         (["gpu"], "--image= is needed"),
         (["gpu", "--image=i"], "--claim= is needed"),
         (["gpu", *GKE], "no recipe"),
-        (["gpu", *GKE, "--config=c.py"], "--workdir=/shared/DIR is needed"),
+        (["gpu", *GKE, "--config=c.py"], "--workdir=/shared/DIR or gs://bucket/folder is needed"),
         (["gpu", *GKE, *TRAINS, "--nodes=two"], "--nodes=two: a whole number"),
         (["gpu", *GKE, *TRAINS, "--name=My_Job"], "--name=My_Job: up to 40"),
         (["tpu", *GKE, *TRAINS], "--topology= is needed, such as 4x4"),
