@@ -18,7 +18,7 @@ class Chip(NamedTuple):
         bandwidth: Of its memory, bytes/s.
         link: Into it from the chips it is wired to, over all its links together, bytes/s one way; 0: none.
         cores: TensorCores of a TPU chip, which JAX may show as one device or as one each; 1 for others.
-        network: Into a GPU from those of other hosts, bytes/s; 0: the links reach every chip.
+        network: Into it from GPUs of other hosts, or TPUs of other slices, bytes/s; 0: the links reach every chip.
     """
 
     flops: float
@@ -30,19 +30,20 @@ class Chip(NamedTuple):
 
 # TPUs: "Peak compute", "HBM bandwidth" and "inter-chip interconnect bandwidth" per chip of
 # https://docs.cloud.google.com/tpu/docs/v3, /v4, /v5e, /v5p, /v6e, /tpu7x; half of what is said of both directions.
-# On a TPU7x each of the two TensorCores is a device. Both names that JAX has given a kind.
+# On a TPU7x each of the two TensorCores is a device. Both names that JAX has given a kind. Between slices: "data center
+# network bandwidth" of the same pages, per chip, or of a pod over its 256 chips; of the others nothing is said there.
 # GPUs: NVIDIA's data sheets of A100, H100, H200, B200 and L40S, whose FLOP/s with sparsity are twice these and whose
 # NVLink is of both directions; PCIe where there is none. Between hosts one adapter a GPU as in NVIDIA's DGX: 200 Gbit/s
 # beside an A100, 400 beside the others.
 CHIPS = {
     "TPU v3": Chip(123e12, 900e9, 82e9, cores=2),
     "TPU v4": Chip(275e12, 1200e9, 300e9, cores=2),
-    "TPU v5 lite": Chip(197e12, 819e9, 200e9),
-    "TPU v5e": Chip(197e12, 819e9, 200e9),
-    "TPU v5": Chip(459e12, 2765e9, 600e9, cores=2),
-    "TPU v5p": Chip(459e12, 2765e9, 600e9, cores=2),
-    "TPU v6 lite": Chip(918e12, 1640e9, 400e9),
-    "TPU v6e": Chip(918e12, 1640e9, 400e9),
+    "TPU v5 lite": Chip(197e12, 819e9, 200e9, network=3.125e9),
+    "TPU v5e": Chip(197e12, 819e9, 200e9, network=3.125e9),
+    "TPU v5": Chip(459e12, 2765e9, 600e9, cores=2, network=6.25e9),
+    "TPU v5p": Chip(459e12, 2765e9, 600e9, cores=2, network=6.25e9),
+    "TPU v6 lite": Chip(918e12, 1640e9, 400e9, network=12.5e9),
+    "TPU v6e": Chip(918e12, 1640e9, 400e9, network=12.5e9),
     "TPU7x": Chip(2307e12, 7380e9, 600e9, cores=2),
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 1555e9, 300e9, network=25e9),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9, 300e9, network=25e9),

@@ -67,9 +67,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             None: all that are visible.
 
     Raises:
-        UserError: If the axes do not multiply to the number of devices.
+        UserError: If the axes do not multiply to the number of devices, or slices of TPUs do not divide `data`.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    there = jax.devices() if devices is None else list(devices)
+    slices, count = slices_of(there), len(there)
     shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     known = math.prod(size for size in shape.values() if size != -1)
     free = [axis for axis, size in shape.items() if size == -1]
@@ -84,15 +85,36 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"mesh {shape} needs {least}{known} devices but {count} are visible; "
             "set config.mesh or use -1 for one axis."
         )
+    if shape["data"] % len(slices):
+        raise UserError(
+            f"mesh {shape}: the devices are of {len(slices)} slices, which reach each other over the data-centre "
+            f"network alone, and mesh.data={shape['data']} is no multiple of that; set config.mesh.data={len(slices)}, "
+            "so that nothing but gradients goes over it."
+        )
+    of_slice = shape | {"data": shape["data"] // len(slices)}
+    found = np.concatenate([_laid_out(of_slice, each) for each in slices], axis=AXES.index("data"))
+    return Mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
+    """Devices by what they are wired to: those of a slice of TPUs each, all others together."""
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        place = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        found.setdefault(place, []).append(device)
+    return [found[place] for place in sorted(found)]
+
+
+def _laid_out(shape: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices that are wired to each other by the axes of a mesh, neighbours on those of `NEAREST`."""
     order = (*(axis for axis in AXES if axis not in NEAREST), *NEAREST)
     types, spread = (AxisType.Auto,) * len(AXES), tuple(shape[axis] for axis in order)
     try:
         found = jax.make_mesh(spread, order, axis_types=types, devices=devices).devices
     except NotImplementedError:
         # An axis is not the product of some of the torus's: it shares one of these with another.
-        there = jax.devices() if devices is None else list(devices)
-        found = mesh_utils.create_device_mesh(spread, there, allow_split_physical_axes=True)
-    return Mesh(found.transpose([order.index(axis) for axis in AXES]), AXES, axis_types=types)
+        found = mesh_utils.create_device_mesh(spread, devices, allow_split_physical_axes=True)
+    return found.transpose([order.index(axis) for axis in AXES])
 
 
 def device_of(mesh: Mesh) -> Any:

@@ -266,6 +266,8 @@ def without_compilers(monkeypatch):
         (["--topology=v5p:4x4"], "form a torus of 3 dimensions, such as v5p:4x4x4"),
         (["--topology=h200:1x2x8"], "hosts × GPUs of each"),
         (["--topology=h200:64"], "at most 16 of those"),
+        (["--topology=v5e:4x4", "--slices=0"], "--slices=0: at least one is needed."),
+        (["--topology=h200:8", "--slices=2"], "--slices=2 are of TPUs; hosts of GPUs are written as h200:2x8."),
         (["--topology=v5e:4x4"], "libtpu, which runs on any CPU: pip install 'daajax[tpu]'"),
         (["--topology=h200:8"], "pip install 'daajax[cuda13]'"),
         (["--topology=h200:8", "--model=llama-9"], "not among the published shapes, llama-3.2-1b"),

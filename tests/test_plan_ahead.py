@@ -86,14 +86,38 @@ for name in ("v4:2x2x1", "v5e:4x4", "v5e:1x1", "v5p:4x4x4", "v6e:16x16", "tpu7x:
     print(name, limit, round(found.memory / 2**30, 2), found.chips, mesh.shape["fsdp"])
 """
 
+SLICES = """
+from daajax import plan
+plan.prepare()
+from daajax import sharding
+from daajax.errors import UserError
+from daajax.planning import search, topologies
+from daajax.models.families import architecture_of
+from daajax.planning.shapes import SHAPES
+found = topologies.describe("v5e:2x4", slices=2)
+print(found.name, found.slices, found.of_host, found.chips)
+mesh = sharding.make_mesh({"data": 4, "fsdp": -1, "tensor": 2}, found.devices)
+print([sorted({device.slice_index for device in part.flat}) for part in mesh.devices])
+print(sorted({shape[0] for shape in search.meshes(found, architecture_of(SHAPES["llama-3.2-1b"]))}))
+for refused in (
+    lambda: sharding.make_mesh({"data": 1, "fsdp": -1}, found.devices),
+    lambda: topologies.describe("tpu7x:2x2x1", slices=2),
+    lambda: topologies.describe("h200:8", slices=2),
+):
+    try:
+        refused()
+    except UserError as error:
+        print(error)
+"""
 
-@pytest.mark.slow
-def test_tpus_have_the_memory_that_their_compiler_says(tmp_path):
+
+def said(script):
+    """What a script prints that describes TPUs, by line."""
     if importlib.machinery.PathFinder.find_spec("libtpu", [str(AHEAD), *sys.path]) is None:
         pytest.skip("libtpu is not installed: make setup-ahead")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "TPU_"))}
     done = subprocess.run(
-        [sys.executable, "-c", LIMITS],
+        [sys.executable, "-c", script],
         cwd=ROOT,
         env=inherited | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -102,7 +126,25 @@ def test_tpus_have_the_memory_that_their_compiler_says(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_slices_of_tpus_are_replicas():
+    described, parts, replicas, *refused = said(SLICES)
+    assert described == "2 slices of v5e:2x4 2 8 16.0"
+    assert parts == "[[0], [0], [1], [1]]"
+    assert replicas == "[2, 4, 8, 16]"
+    assert len(refused) == 3
+    assert "are of 2 slices" in refused[0]
+    assert "set config.mesh.data=2" in refused[0]
+    assert "between slices of tpu7x nothing is known" in refused[1]
+    assert refused[2] == "--slices=2 are of TPUs; hosts of GPUs are written as h200:2x8."
+
+
+@pytest.mark.slow
+def test_tpus_have_the_memory_that_their_compiler_says(tmp_path):
+    rows = [line.split() for line in said(LIMITS)]
     assert all(limit == memory for _, limit, memory, *_ in rows)
     assert [(name, float(chips), int(fsdp)) for name, _, _, chips, fsdp in rows] == [
         ("v4:2x2x1", 4, 4),

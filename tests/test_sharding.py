@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,16 @@ def decoder_on_a_mesh():
     mesh = mesh_of(2, 2, 2)
     shapes, axes = decoder.abstract_params(scorer_of(2, 2, 2).model)
     return mesh, shapes, axes, sharding.param_shardings(mesh, shapes, axes)
+
+
+def test_only_slices_of_tpus_are_apart():
+    def device(platform, place):
+        return types.SimpleNamespace(platform=platform, slice_index=place)
+
+    tpus, gpus = ([device(platform, place) for place in (1, 0, 1, 0)] for platform in ("tpu", "gpu"))
+    assert sharding.slices_of(tpus) == [[tpus[1], tpus[3]], [tpus[0], tpus[2]]]
+    assert sharding.slices_of(gpus) == [gpus]
+    assert sharding.slices_of(jax.devices()) == [jax.devices()]
 
 
 @pytest.mark.parametrize(

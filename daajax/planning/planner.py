@@ -24,6 +24,7 @@ TRIES = 8  # layouts that a search compiles at most
 ASSUMED = "assumed"  # in place of data.path where there are no data
 OPTIONS: dict[str, type] = {
     "topology": str,
+    "slices": int,
     "model": str,
     "lengths": str,
     "search": bool,
@@ -33,6 +34,7 @@ OPTIONS: dict[str, type] = {
 }
 USAGE = f"""usage: python -m daajax.plan --config=configs/RECIPE.py[:ARGUMENT] --topology=NAME [--config.key=value …]
   --topology=v5e:4x4   machines: {", ".join([*topologies.TPUS, *topologies.GPUS])}; h200:8x8 is 8 hosts of 8
+  --slices=1           of TPUs of that topology, over the data-centre network
   --model=NAME         a published shape in place of config.model.path: {", ".join(SHAPES)}
   --lengths=P,C,R      tokens of prompt and responses that are assumed, in place of config.data; {assumed.DEFAULT} where
                        the recipe's data are not here
@@ -63,13 +65,15 @@ def plan(argv: Sequence[str]) -> None:
     )
     if not values["topology"]:
         raise UserError("no machines: name them with --topology=v5e:4x4, h200:8, …; --help has the kinds.")
+    if values["slices"] is not None and values["slices"] < 1:
+        raise UserError(f"--slices={values['slices']}: at least one is needed.")
     if values["tries"] is not None and values["tries"] < 1:
         raise UserError(f"--tries={values['tries']}: at least one layout must be tried.")
     path = None if values["output"] is None else bucket.path_of(values["output"], "--output")
     if path is not None:
         output.check(path)
     cache = Cache(values["cache"] or CACHE)
-    topology = topologies.describe(values["topology"])
+    topology = topologies.describe(values["topology"], slices=values["slices"] or 1)
     terms = bind(losses(config))
     config, architecture, name = _model(config, values["model"])
     data = _data(config, values["lengths"], architecture, terms)

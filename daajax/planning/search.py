@@ -156,9 +156,10 @@ def bases(config: Config, subject: Subject) -> Iterator[tuple[dict[str, Any], tu
 def meshes(topology: Topology, architecture: Architecture) -> Iterator[tuple[int, int, int, int]]:
     """Devices on `data`, `fsdp`, `tensor` and `context`.
 
-    Heads are cut evenly, within a host of GPUs; there are replicas in powers of two, or rows cut in powers of two.
+    Heads are cut evenly, within a host of GPUs; there are replicas in powers of two, or rows cut in powers of two. Of
+    several slices each has as many replicas.
     """
-    devices = len(topology.devices)
+    slices, devices = topology.slices, len(topology.devices) // topology.slices
     most = min(MOST_TENSOR, topology.of_host)
     for tensor in range(1, min(most, devices) + 1):
         if devices % tensor or architecture.num_key_value_heads % tensor or architecture.num_attention_heads % tensor:
@@ -166,9 +167,9 @@ def meshes(topology: Topology, architecture: Architecture) -> Iterator[tuple[int
         data = 1
         while data <= devices // tensor:
             if devices // tensor % data == 0:
-                yield data, devices // tensor // data, tensor, 1
+                yield slices * data, devices // tensor // data, tensor, 1
             data *= 2
         context = 2
         while context <= MOST_CONTEXT and devices // tensor % context == 0:
-            yield 1, devices // tensor // context, tensor, context
+            yield slices, devices // tensor // context, tensor, context
             context *= 2

@@ -125,7 +125,7 @@ class Topology:
         memory: Bytes of a device that a program may have.
         chip: What they are.
         share: Of a chip that a device is.
-        of_host: Devices that reach each other without a network.
+        of_host: Devices that reach each other without a network: of a host of GPUs, or a slice of TPUs.
         compiler_options: What their compiler must be told.
         compiler: Its name and version.
     """
@@ -145,17 +145,23 @@ class Topology:
         return len(self.devices) * self.share
 
     @property
+    def slices(self) -> int:
+        """Slices that TPUs are of; 1 for others."""
+        return len(self.devices) // self.of_host if self.platform == "tpu" else 1
+
+    @property
     def platform(self) -> str:
         """Of the devices: gpu, tpu."""
         return self.devices[0].platform
 
 
-def describe(name: str) -> Topology:
+def describe(name: str, *, slices: int = 1) -> Topology:
     """The machines of a name.
 
     Args:
         name: A TPU and its topology, `v5e:4x4`, `v5p:4x4x4`; or a GPU, hosts and GPUs of each, `h200:8x8`, where one
             number is that of a single host's, `h200:8`.
+        slices: So many of a TPU's topology, which reach each other over the data-centre network.
 
     Raises:
         UserError: If there is no such kind or topology, or its compiler is not installed.
@@ -172,10 +178,12 @@ def describe(name: str) -> Topology:
             "h200:8x8 for 8 hosts of 8."
         )
     sizes = [int(size) for size in shape.split("x")]
-    return _tpus(name, kind, sizes) if kind in TPUS else _gpus(name, kind, sizes)
+    if slices > 1 and kind not in TPUS:
+        raise UserError(f"--slices={slices} are of TPUs; hosts of GPUs are written as {kind}:{slices}x{sizes[-1]}.")
+    return _tpus(name, kind, sizes, slices) if kind in TPUS else _gpus(name, kind, sizes)
 
 
-def _tpus(name: str, kind: str, sizes: Sequence[int]) -> Topology:
+def _tpus(name: str, kind: str, sizes: Sequence[int], slices: int) -> Topology:
     tpu = TPUS[kind]
     if len(sizes) != tpu.dimensions:
         raise UserError(
@@ -185,11 +193,15 @@ def _tpus(name: str, kind: str, sizes: Sequence[int]) -> Topology:
     _need_compiler("libtpu", "tpu", name)
     told: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
     told |= {"chip_config_name": tpu.cores} if tpu.cores else {}
+    told |= {"num_slices": slices} if slices > 1 else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **told).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={name}: libtpu does not describe it ({one_line(error)}).") from None
-    return _topology(name, devices, tpu.memory, len(devices), {}, "libtpu")
+    found = _topology(name, devices, tpu.memory, len(devices) // slices, {}, "libtpu")
+    if slices > 1 and not found.chip.network:
+        raise UserError(f"--slices={slices}: of the network between slices of {kind} nothing is known; plan one.")
+    return dataclasses.replace(found, name=f"{slices} slices of {name}") if slices > 1 else found
 
 
 def _gpus(name: str, kind: str, sizes: Sequence[int]) -> Topology:
