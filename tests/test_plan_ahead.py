@@ -52,6 +52,23 @@ def test_8b_on_one_host_of_h200(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_pair_of_131072_tokens_a_response_on_one_host_of_h200(tmp_path):
+    row = ["--lengths=98304,32768,32768", "--config.max_length=131072", "--config.batch_size=1", "--config.remat=full"]
+    mesh = ["--config.mesh.fsdp=1", "--config.mesh.context=8"]
+    values, _ = plan(tmp_path, "jax_cuda13_plugin", "--topology=h200:8", *row, *mesh, loss="simpo")
+    assert (values["rows"], values["row_length"], values["attention"]) == (1, 163840, "cudnn")
+    assert values["fits"]
+    assert values["peak"] < 30 * GIB
+    # Parameters are cut over the axis, and the layers' inputs: an eighth of the row, 4,096 features of 2 bytes.
+    assert values["bytes"]["parameters"] == pytest.approx(4 * 8.03e9 / 8, rel=1e-3)
+    assert values["bytes"]["activations"] == 32 * 163840 // 8 * 4096 * 2
+    # Queries, keys and values go forward and again backward, their gradients back, outputs and theirs too; 7 of 8 parts.
+    features = 3 * (4096 + 2 * 1024) + 2 * 4096
+    sent = 32 * 163840 // 8 * features * 2 * 7 / 8
+    assert sent < values["collectives"]["all-to-all"]["bytes"] < 1.35 * sent
+
+
+@pytest.mark.slow
 def test_8b_on_v5e_with_a_row_of_2048_tokens_a_chip(tmp_path):
     # Without a reference pass, which takes half as long to compile as the update.
     flags = ["--topology=v5e:4x4", "--config.batch_size=32", "--lengths=256,384,384"]

@@ -16,6 +16,7 @@ MESHES = [
     dict(data=1, fsdp=1, tensor=8),
     dict(data=2, fsdp=2, tensor=2),
     dict(data=1, fsdp=4, tensor=2),
+    dict(fsdp=2, tensor=2, context=2),
 ]
 
 
@@ -33,7 +34,7 @@ def test_rows_and_gradient_are_those_of_indexing(sizes, axis, entries, dtype):
         mesh = sharding.make_mesh(sizes)
         devices = sharding.MeshDevices(mesh)
         table = jax.device_put(table, sharding.sharding(mesh, (axis, "embed")))
-        numbers = jax.device_put(numbers, sharding.sharding(mesh, ("rows",)))
+        numbers = jax.device_put(numbers, sharding.sharding(mesh, ("rows", "length")))
     found, pull = jax.vjp(jax.jit(lambda table: lookup(table, numbers, axis, dtype, devices)), table)
     np.testing.assert_array_equal(found, np.asarray(table)[np.asarray(numbers)].astype(dtype))
     wanted = np.zeros(table.shape, np.float32)
