@@ -142,8 +142,8 @@ def waited_for(layout: Layout) -> list[Sent]:
     """Of that what the next product of a layer waits for.
 
     Over `tensor` the residual stream is summed, twice a layer and pass. Over `context` keys and values are gathered for
-    the forward and for the backward pass, and their gradient scattered; or queries, keys and values are exchanged in
-    both passes, and what attention puts out; and the gradients of all of them.
+    the forward and for the backward pass, and their gradient scattered; or queries, keys, values and what attention
+    puts out are exchanged in both passes, and the gradients of all of them.
     """
     a, (_, _, tensor, context) = layout.subject.architecture, _sizes(layout)
     width, passes = np.dtype(layout.scorer.model.dtype).itemsize, layout.plan.micro_batches * a.num_hidden_layers
@@ -155,7 +155,7 @@ def waited_for(layout: Layout) -> list[Sent]:
     if context > 1:
         queries, keys = (layout.tokens * heads * a.head_dim / tensor * width for heads in _heads(a))
         if ATTENTION[layout.scorer.attention.name].by_heads:
-            found.append(one("all-to-all", 3 * (queries + 2 * keys) + 2 * queries, passes, context, tensor))
+            found.append(one("all-to-all", 6 * (queries + keys), passes, context, tensor))
         else:
             found.append(one("all-gather", 2 * keys * context, 2 * passes, context, tensor))
             found.append(one("reduce-scatter", 2 * keys * context, passes, context, tensor))
