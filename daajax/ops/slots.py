@@ -44,7 +44,7 @@ def at_sources(
     return devices.local(take, (_TOKENS, _SLOTS, _SLOTS), _SLOTS)(hidden, sources, owners)
 
 
-def _here(length: int, sources: Array, owners: Array, devices: Devices) -> Array:
+def _here(length: int, sources: Any, owners: Any, devices: Devices) -> Array:
     """Where states lie among the `length` that this device has of each row."""
     begin = devices.index("length") * length
     return jnp.where(owners >= 0, sources - begin, 0)
