@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from daajax import sharding
+from daajax.data import parts
 from daajax.data.batches import Batches
 from daajax.models import decoder
 from daajax.models.architecture import Architecture, Norm
@@ -200,6 +201,13 @@ def test_rows_score_what_sequences_score_one_by_one(sizes, scorer, options):
     found = scored_by(scorer_of(*sizes, **scorer), sizes, **options)
     # Float32 through two layers; log-probs down to -10 nats.
     np.testing.assert_allclose(found, expected_token_logps(), rtol=2e-5, atol=2e-5)
+
+
+def test_rows_that_are_dealt_in_many_chunks_score_alike(monkeypatch):
+    monkeypatch.setattr(parts, "LEAST_CHUNK", 8)
+    assert parts._chunks(128) == 16
+    sizes = (2, 1, 1, 4)  # of no other test here, whose program would serve
+    np.testing.assert_allclose(scored_by(scorer_of(*sizes), sizes), expected_token_logps(), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("responses", [1, 3])
