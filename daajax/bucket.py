@@ -34,7 +34,7 @@ RETRIES = {"gcs_request_retries": {"max_retries": 5, "initial_delay": "250ms", "
 _SCHEME = "gs://"
 _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[^/?#*\[\]\s]+)+")
 _ABSENT = b"\x02"  # the generation that TensorStore gives to what is not there; with an empty one it asks for nothing
-_IN_FLIGHT = 16  # objects that are removed or written at a time
+_IN_FLIGHT = 16  # objects that are removed at a time
 _GRANT = "have its owner grant you the role roles/storage.objectUser"
 _PART_BYTES, _READ_AHEAD = 32 << 20, 4  # of an object, read at once; parts that are read ahead of what is used
 _OUT_OF_REACH = re.compile("UNAVAILABLE|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED")
@@ -47,11 +47,6 @@ _HELPS = {  # code of an answer: what the user can do
 
 class BucketError(UserError):
     """A bucket that does not give or take an object. That there is none is a FileNotFoundError, as on a disk."""
-
-
-def is_bucket(address: str | os.PathLike[str]) -> bool:
-    """Whether an address or a path is one in a bucket."""
-    return os.fspath(address).startswith(_SCHEME)
 
 
 def path_of(address: str, option: str) -> "Path":
@@ -247,13 +242,15 @@ def parts(path: str | os.PathLike[str], generation: bytes | None = None) -> Iter
     def read_part(begin: int) -> tensorstore.Future[tensorstore.KvStore.ReadResult]:
         return store.read(key, byte_range=slice(begin, begin + _PART_BYTES))
 
-    ahead = collections.deque(read_part(number * _PART_BYTES) for number in range(_READ_AHEAD))
+    ahead, asked = collections.deque([read_part(0)]), 1  # of one that is small there is no more than that
     begin, is_last = 0, False
     while not is_last:
         with _named(path, "read"):
             try:
                 found = ahead.popleft().result()
-                ahead.append(read_part(begin + _READ_AHEAD * _PART_BYTES))
+                while len(ahead) < _READ_AHEAD:
+                    ahead.append(read_part(asked * _PART_BYTES))
+                    asked += 1
             except ValueError as error:
                 if "OUT_OF_RANGE" not in str(error):
                     raise

@@ -4,11 +4,7 @@ A checkpoint has an item for each part of the state that there is anything of, a
 `params`, `optimizer`, what the `objectives` keep, a `reference` that follows the policy. Beside them lies `record`,
 JSON that says what they must be. Orbax keeps no checksum of contents, so every leaf's digest is taken on the devices
 before it is saved and compared after it is restored. What is damaged is set aside and the one before it used, both of
-it said.
-
-In a bucket a checkpoint counts once Orbax has written `commit_success.txt` into it, since no folder can be renamed
-there. Orbax's manager would ask Google's own library about the bucket, so its checkpointer is used there without it,
-and what is old is removed here.
+it said. `checkpoints_in_bucket` has what differs where the folder is in a bucket.
 """
 
 import contextlib
@@ -26,7 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from daajax import bucket, processes, sharding
+from daajax import bucket, checkpoints_in_bucket, processes, sharding
 from daajax.console import say
 from daajax.errors import UserError, one_line
 from daajax.models.digest import digests_of
@@ -40,7 +36,7 @@ BEST = {  # metric that the best checkpoint may be chosen by: whether less of it
 }
 ITEMS = ("params", "optimizer", "objectives", "reference")  # parts of a state, each of which can be restored alone
 _SPOKEN = {"optimizer": "the optimizer", "objectives": "what the objectives keep", "reference": "the reference"}
-_FOLDER, _ASIDE, _WHOLE = "checkpoints", "damaged-checkpoints", "commit_success.txt"
+_FOLDER, _ASIDE = "checkpoints", "damaged-checkpoints"
 
 
 class DamagedError(Exception):
@@ -83,7 +79,9 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._best_of)]),
             cleanup_tmp_directories=True,
         )
-        self._opened: _Manager | _InBucket | None = None  # only to save: it removes what it takes for left behind
+        self._opened: _Manager | checkpoints_in_bucket.Saver | None = (
+            None  # only to save: it removes what it takes for left behind
+        )
         self._records: dict[int, Record] = {}  # of what was saved since
         self._in_background: int | None = None  # update whose save is not known to have ended well
         self._failures = 0
@@ -94,7 +92,7 @@ class Checkpoints:
 
         def found() -> list[int]:
             if isinstance(self.folder, bucket.BucketPath):
-                return sorted(_whole(bucket.names(self.folder)))
+                return sorted(checkpoints_in_bucket.whole(bucket.names(self.folder)))
             if not self.folder.is_dir():
                 return []
             return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
@@ -290,8 +288,8 @@ class Checkpoints:
         """Makes what saves; what an interrupted save left behind is removed."""
         if isinstance(self.folder, bucket.BucketPath):
             if processes.is_first():
-                _remove_partial(self.folder)
-            self._opened = _InBucket(self.folder)
+                checkpoints_in_bucket.remove_partial(self.folder)
+            self._opened = checkpoints_in_bucket.Saver(self.folder)
         else:
             self._opened = _Manager(self.folder.absolute(), options=self._options)
 
@@ -310,7 +308,7 @@ class Checkpoints:
             steps = self.steps
             kept = {*steps[-self._keep :], self._best_of(steps)}
             for step in (step for step in steps if step not in kept and processes.is_first()):
-                _remove(folder / str(step))
+                checkpoints_in_bucket.remove(folder / str(step))
         except UserError as error:  # of the bucket
             say(f"a checkpoint that is not needed any more could not be removed: {error} The run goes on")
 
@@ -386,38 +384,6 @@ class _Manager(ocp.CheckpointManager):
         """Never; see `daajax.processes.is_stopping`."""
         del step
         return False
-
-
-class _InBucket(ocp.AsyncCheckpointer):
-    """Saves to a folder in a bucket as a manager does."""
-
-    def __init__(self, folder: bucket.BucketPath):
-        super().__init__(ocp.CompositeCheckpointHandler())
-        self._folder = folder
-
-    def save(self, step: int, *, args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Begins to save a checkpoint."""
-        super().save(self._folder / str(step), args=args)
-
-
-def _whole(names: Sequence[str]) -> list[int]:
-    """Of the objects of all checkpoints, the updates whose checkpoint is whole."""
-    folders = (name.removesuffix(f"/{_WHOLE}") for name in names if name.endswith(f"/{_WHOLE}"))
-    return [int(folder) for folder in folders if folder.isdecimal()]
-
-
-def _remove_partial(folder: bucket.BucketPath) -> None:
-    """Removes checkpoints that are not whole from a bucket."""
-    names = bucket.names(folder)
-    whole = set(_whole(names))
-    left = (name for name in names if name.partition("/")[0].isdecimal() and int(name.partition("/")[0]) not in whole)
-    bucket.remove(folder, list(left))
-
-
-def _remove(checkpoint: bucket.BucketPath) -> None:
-    """Removes a checkpoint from a bucket; it ends to be whole first."""
-    (checkpoint / _WHOLE).unlink(missing_ok=True)
-    bucket.remove(checkpoint, bucket.names(checkpoint))
 
 
 @dataclasses.dataclass(frozen=True)
