@@ -72,8 +72,8 @@ def end(
 ) -> NoReturn:
     """Runs a command and ends the process.
 
-    Exit codes: 0 done, 1 a clear error, 42 stopped by the platform after saving, 43 another process is gone, 130
-    stopped from the keyboard.
+    Exit codes: 0 done, 1 a clear error, 42 stopped by the platform after saving, 43 another process is gone, or the
+    runtime of one of several has failed, 130 stopped from the keyboard.
 
     Args:
         main: Takes the arguments, program name first.
@@ -136,7 +136,8 @@ def _fall(error: Exception) -> NoReturn:
         processes.leave(processes.STUCK)
     if processes.are_several():
         traceback.print_exception(error)
-        processes.leave(1)
+        # A device that fails is nothing that the user has to mend: the job may start again.
+        processes.leave(processes.STUCK if isinstance(error, jax.errors.JaxRuntimeError) else 1)
     raise error
 
 

@@ -44,7 +44,13 @@ class Remedy(NamedTuple):
 
 
 def remedies(
-    config: Config, mesh: Mapping[str, int], *, of_state: bool, platform: str = "cpu", head: str | None = None
+    config: Config,
+    mesh: Mapping[str, int],
+    *,
+    of_state: bool,
+    platform: str = "cpu",
+    head: str | None = None,
+    slices: int = 1,
 ) -> list[Remedy]:
     """What helps a run that needs too much memory, at most `OFFERED`.
 
@@ -54,8 +60,9 @@ def remedies(
         of_state: Whether it is parameters and optimizer state that need it, not what an update works in.
         platform: Of the devices: cpu, gpu, tpu.
         head: Form of the head that the run takes; None: not known.
+        slices: Of TPUs, each of which has a replica at least.
     """
-    work, state = _of_work(config, mesh, head), _of_state(config, mesh, platform)
+    work, state = _of_work(config, mesh, head), _of_state(config, mesh, platform, slices)
     ordered = [*state, *work] if of_state else sorted([*work, *state], key=lambda remedy: not remedy.keeps_numbers)
     return ordered[:OFFERED]
 
@@ -113,11 +120,11 @@ def _less_to_learn_from(config: Config, mesh: Mapping[str, int]) -> list[Remedy]
     return found
 
 
-def _of_state(config: Config, mesh: Mapping[str, int], platform: str) -> list[Remedy]:
+def _of_state(config: Config, mesh: Mapping[str, int], platform: str, slices: int) -> list[Remedy]:
     """What makes smaller what a device holds for the whole run."""
     found, (data, fsdp) = [], (mesh["data"], mesh["fsdp"])
-    if data > 1:
-        found.append(Remedy({"mesh.data": (1, data), "mesh.fsdp": (data * fsdp, fsdp)}))
+    if data > slices:
+        found.append(Remedy({"mesh.data": (slices, data), "mesh.fsdp": (data // slices * fsdp, fsdp)}))
     if not has_adapters(config):  # whose moments are small
         options = config.optimizer
         optimizer = make_optimizer(

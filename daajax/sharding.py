@@ -88,7 +88,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if shape["data"] % len(slices):
         raise UserError(
             f"mesh {shape}: the devices are of {len(slices)} slices, which reach each other over the data-centre "
-            f"network alone, and mesh.data={shape['data']} is no multiple of that; set config.mesh.data={len(slices)}, "
+            f"network alone, and mesh.data={shape['data']} is no multiple of that; set mesh.data to {len(slices)}, "
             "so that nothing but gradients goes over it."
         )
     of_slice = shape | {"data": shape["data"] // len(slices)}

@@ -16,7 +16,7 @@ import jax
 from daajax.config import Config
 from daajax.errors import UserError, one_line
 from daajax.remedies import remedies
-from daajax.sharding import device_of
+from daajax.sharding import device_of, slices_of
 
 EXHAUSTED = "RESOURCE_EXHAUSTED"
 NAMED = 4  # buffers
@@ -67,6 +67,7 @@ class Shortage:
             of_state=of_state,
             platform=device_of(self._mesh).platform,
             head=self._head,
+            slices=len(slices_of(list(self._mesh.devices.flat))),
         )
         largest = described(list(listed) or self._held)
         return f"the largest buffers on a device are {largest}; " + ", or ".join(change.words() for change in changes)

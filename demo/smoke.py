@@ -27,7 +27,7 @@ TOLERANCE = 0.01  # nats of the first loss: the model computes in bfloat16
 # Cut up over up to 256 devices; heads as large as every attention kernel takes them.
 SHAPE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
 # Who of several processes this is, by who started it; the first that is set holds.
-NUMBERS = ("DAAJAX_PROCESS_ID", "JOB_COMPLETION_INDEX", "SLURM_PROCID")
+NUMBERS = ("DAAJAX_PROCESS_ID", "JOB_COMPLETION_INDEX", "SLURM_PROCID", "DAAJAX_HOST")
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs/dpo_llama.py"
 
 

@@ -144,7 +144,9 @@ follow() { # sets ended: the exit code of the training, NONE if there is no trai
 }
 
 erred() { # whether a host's training ended with a clear error, which the other hosts know as its death alone
-  on_hosts all "$remote/launch/tpu_worker.sh code" 2>/dev/null | grep -qx 'exit code 1'
+  local codes # all of them before any is looked for, also where a host does not answer
+  codes=$(on_hosts all "$remote/launch/tpu_worker.sh code" 2>/dev/null || true)
+  grep -qx 'exit code 1' <<<"$codes"
 }
 
 finish() { # CODE

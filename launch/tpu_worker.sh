@@ -7,6 +7,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 run=${RUN_FOLDER:-$HOME/daajax-run}
 lock=${TPU_LOCK_FILE:-/tmp/libtpu_lockfile}
 
+metadata=${METADATA_URL:-http://metadata.google.internal/computeMetadata/v1/instance/attributes}
+
 running() { [[ -f $run/process ]] && kill -0 "$(<"$run/process")" 2>/dev/null; }
 
 case ${1:-} in
@@ -34,6 +36,9 @@ case ${1:-} in
     # shellcheck source=/dev/null
     . launch/env/tpu.env
     set +a
+    # Which of the hosts this is: a trial asks before JAX can say.
+    DAAJAX_HOST=$(curl -sf --max-time 5 -H 'Metadata-Flavor: Google' "$metadata/agent-worker-number" || echo 0)
+    export DAAJAX_HOST
     # shellcheck disable=SC2016
     setsid nohup bash -c '"${@:2}"; echo $? >"$1.new"; mv "$1.new" "$1"' - "$run/code" \
       "${PYTHON:-.venv/bin/python}" -m "$@" >"$run/log" 2>&1 </dev/null &

@@ -5,10 +5,11 @@ import json
 import pathlib
 import re
 
+import jax
 import pytest
 
 from configs import base
-from daajax import command, folder
+from daajax import command, folder, processes
 from daajax.errors import UserError
 from tests import worlds
 
@@ -252,6 +253,22 @@ def test_a_bug_keeps_its_stack_trace(world):
 
     with pytest.raises(ZeroDivisionError):
         command.run(main, "train", ["train", f"--config={worlds.STORIES}", *world.flags])
+
+
+@pytest.mark.parametrize(("error", "code"), [(jax.errors.JaxRuntimeError("INTERNAL: CUDA error"), 43), (KeyError(), 1)])
+def test_a_device_of_one_of_several_that_fails_is_started_again_and_a_bug_is_not(world, monkeypatch, error, code):
+    def main(config, workdir):
+        raise error
+
+    def leave(code):  # in place of the process
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    found, errors = ends(main, ["train", f"--config={worlds.STORIES}", *world.flags], monkeypatch)
+    assert found == code
+    assert "Traceback" in errors
+    assert type(error).__name__ in errors
 
 
 def test_an_interrupt_is_no_stack_trace(world, monkeypatch):

@@ -153,7 +153,7 @@ def test_slices_of_tpus_are_replicas():
     assert replicas == "[2, 4, 8, 16]"
     assert len(refused) == 3
     assert "are of 2 slices" in refused[0]
-    assert "set config.mesh.data=2" in refused[0]
+    assert "set mesh.data to 2" in refused[0]
     assert "between slices of tpu7x nothing is known" in refused[1]
     assert refused[2] == "--slices=2 are of TPUs; hosts of GPUs are written as h200:2x8."
 

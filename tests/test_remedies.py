@@ -34,6 +34,14 @@ def words_of(options, mesh, **given):
     return [remedy.words() for remedy in remedies(config_of(**options), mesh, **given)]
 
 
+def test_every_slice_keeps_a_replica():
+    mesh = {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+    for slices, wanted in {1: (1, 8), 2: (2, 4)}.items():
+        (found, *_) = words_of({}, mesh, of_state=True, slices=slices)
+        assert found == f"set mesh.data={wanted[0]} and mesh.fsdp={wanted[1]} in place of 4 and 2"
+    assert not [found for found in words_of({}, mesh, of_state=True, slices=4) if "mesh.data" in found]
+
+
 NEW = " (changes what is learned, so in a new run)"
 FIXED = {"packing.row_length": "1024"}
 

@@ -40,7 +40,11 @@ if verb in ("describe", "follow"):
         sys.exit(1)
     print(first)
 if verb == "code":
-    print((home / "codes").read_text())
+    import time
+    for line in (home / "codes").read_text().splitlines():  # hosts answer one after the other, and one of them does not
+        print(line, flush=True)
+        time.sleep(0.05)
+    sys.exit(255)
 if verb == "scp":
     import tarfile
     (home / "copied").write_text("\\n".join(tarfile.open(words[4]).getnames()))
@@ -144,7 +148,7 @@ def test_who_is_started_again(checkout, logs, code, starts):
 
 
 def test_a_clear_error_of_another_host_ends_it(checkout):
-    codes = "SSH: connecting to worker 1\nexit code 134\nexit code 1"
+    codes = "SSH: connecting to worker 1\nexit code 134\nexit code 1\n" + 3 * "exit code 43\n"
     ended, _, err, asked = launch(checkout, *LINE, states=["ACTIVE"], logs=["exit code 134"], codes=codes)
     assert ended == 1
     assert asked == ["follow", "code", "delete"]
@@ -234,6 +238,11 @@ def test_gcloud_knows_every_flag(tmp_path):
 def worker(checkout, tmp_path):
     """Runs the worker's script, with a stand-in for Python."""
 
+    (tmp_path / "bin").mkdir()
+    curl = tmp_path / "bin/curl"  # in place of the host's own description of itself
+    curl.write_text('#!/bin/sh\ncase "$*" in *Metadata-Flavor*attributes/agent-worker-number) printf 3;; esac\n')
+    curl.chmod(0o755)
+
     def run(*arguments: str, program: str = "") -> str:
         python = tmp_path / "python"
         if program:
@@ -242,7 +251,8 @@ def worker(checkout, tmp_path):
         result = subprocess.run(
             [checkout / "launch/tpu_worker.sh", *arguments],
             env=os.environ
-            | {"RUN_FOLDER": str(tmp_path / "run"), "PYTHON": str(python), "TPU_LOCK_FILE": str(tmp_path / "lock")},
+            | {"RUN_FOLDER": str(tmp_path / "run"), "PYTHON": str(python), "TPU_LOCK_FILE": str(tmp_path / "lock")}
+            | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             timeout=60,
@@ -257,11 +267,11 @@ def test_a_host_runs_a_training_that_outlives_its_connection(worker, tmp_path):
     assert worker("follow") == "exit code NONE\n"
     assert worker("code") == ""
     (tmp_path / "lock").touch()
-    program = '#!/bin/sh\necho "$GLIBC_TUNABLES"\nfor word; do echo "$word"; done\nexit 42\n'
+    program = '#!/bin/sh\necho "$GLIBC_TUNABLES"\necho "$DAAJAX_HOST"\nfor word; do echo "$word"; done\nexit 42\n'
     said = worker("start", "daajax.train", "--config=a b.py", program=program)
     assert said == f"removing {tmp_path}/lock, which a killed process left: it would keep this one from the TPU\n"
     assert not (tmp_path / "lock").exists()
-    log = ["glibc.malloc.hugetlb=1", "-m", "daajax.train", "--config=a b.py", "exit code 42"]
+    log = ["glibc.malloc.hugetlb=1", "3", "-m", "daajax.train", "--config=a b.py", "exit code 42"]
     assert worker("follow", "0").splitlines() == log
     assert worker("follow", "3").splitlines() == log[3:]
     assert worker("code") == "exit code 42\n"
