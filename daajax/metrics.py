@@ -256,12 +256,27 @@ class Writer:
             self._mirror.push_soon()
 
     def flush(self) -> None:
-        """Returns once all is where it stays."""
+        """Returns once all is where it stays, or a bucket does not take it, which is said."""
         if self._mirror is not None:
             self._mirror.push()
 
+    def complete(self) -> None:
+        """Closes both at the end of a run, which is not finished unless all is where it stays.
+
+        Raises:
+            BucketError: If a bucket does not take it; it names the copy on this machine.
+        """
+        self._close_files()
+        if self._mirror is not None:
+            self._mirror.complete()
+
     def close(self) -> None:
-        """Closes both."""
+        """Closes both; where a bucket does not take them, the copy on this machine stays, and is named."""
+        self._close_files()
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def _close_files(self) -> None:
         if not self._writes:
             return
         try:
@@ -269,5 +284,3 @@ class Writer:
         except OSError as error:
             say(f"{self._file.name} is not complete ({error.strerror})")
         self._events.close()
-        if self._mirror is not None:
-            self._mirror.close()

@@ -69,24 +69,24 @@ class Trace:
         """
         if self._is_running and number == self._numbers[-1]:
             result.block_until_ready()
-            self._stop()
+            where = self._stop()
             say(
-                f"profile: {_words(self._numbers)} are in {self._folder}: pip install xprof; xprof "
-                f"--logdir={self._folder}; or open its trace.json.gz at https://ui.perfetto.dev"
+                f"profile: {_words(self._numbers)} are in {where}: pip install xprof; xprof "
+                f"--logdir={where}; or open its trace.json.gz at https://ui.perfetto.dev"
             )
 
     def close(self, *, keep: bool) -> None:
         """Ends a trace that an error cut short, and removes it unless it is to be kept."""
         if self._is_running:
-            self._stop()
+            where = self._stop()
             if not keep:
-                output.remove_folder(self._folder)
+                output.remove_folder(where)
 
-    def _stop(self) -> None:
+    def _stop(self) -> bucket.Path:
+        """Ends the trace, and gives where it is: on this machine if a bucket does not take it."""
         jax.profiler.stop_trace()
         self._is_running = False
-        if self._mirror is not None:
-            self._mirror.close()
+        return self._folder if self._mirror is None else self._mirror.close()
 
 
 def _words(numbers: Sequence[int]) -> str:

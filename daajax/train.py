@@ -205,8 +205,9 @@ def _train(config: Config, where: bucket.Path, found: folder.State) -> None:
         stack.callback(progress.close)
         stack.enter_context(shortage.explained("the run"))
         stack.callback(saved.close)
-        stack.callback(lambda: trace.close(keep=(where / "config.json").is_file()))
         writer, is_saved = None, True
+        # What is known here: a bucket that is out of reach would answer with an error in place of what ended the run.
+        stack.callback(lambda: trace.close(keep=found == "unfinished" or writer is not None))
         for t in range(done, plan.updates):
             with clock.waiting():
                 batch = next(placed)
@@ -250,10 +251,10 @@ def _train(config: Config, where: bucket.Path, found: folder.State) -> None:
                         f"update {t + 1} made parameters that are not finite; lower optimizer.learning_rate. No model "
                         "was written."
                     )
-                if writer is not None:  # a run that goes on from here has what was said before
-                    writer.flush()
                 held_out = {name: latest[name] for name in latest if evaluates and name.startswith("eval/")}
                 with watchdog.paused():
+                    if writer is not None:  # a run that goes on from here has what was said before
+                        writer.flush()
                     record = dataclasses.replace(origin, metrics=held_out)
                     is_saved = saved.save(t + 1, state, record, wait=ends or stops)
             if stops and is_saved:
@@ -285,7 +286,13 @@ def _train(config: Config, where: bucket.Path, found: folder.State) -> None:
                 f"the model is in {where / 'model'}, but the last checkpoint could not be saved; make room, then start "
                 "the same command again."
             )
-        processes.first_alone(lambda: folder.finish(where, plan.updates))
+
+        def finish() -> None:
+            if writer is not None:
+                writer.complete()
+            folder.finish(where, plan.updates)
+
+        processes.first_alone(finish)
     for name in SHOWN:
         if name in earliest:
             say(f"{name}: {earliest[name]:.6g} at update {done + 1}, {latest[name]:.6g} at update {plan.updates}")

@@ -163,6 +163,7 @@ class Bucket(Store):
 
     Attributes:
         broken: Names of files whose content nobody may read.
+        refuses: Names of files that nobody may write.
         read_only: Whether nothing may be written.
         written: Method and name of all that was written or removed.
     """
@@ -173,6 +174,7 @@ class Bucket(Store):
         self._generation = 1_700_000_000_000_000
         self._one = threading.RLock()  # a request after the other
         self.broken: set[str] = set()
+        self.refuses: set[str] = set()
         self.read_only = False
         self.written: list[str] = []
 
@@ -208,7 +210,7 @@ class Bucket(Store):
                 return self._listed(query)
             name = urllib.parse.unquote(asked[2] or query["name"])
             content, generation = self._objects.get(name, (b"", 0))
-            if method != "GET" and self.read_only:
+            if method != "GET" and (self.read_only or name.rpartition("/")[2] in self.refuses):
                 return 403, b"{}", {}
             if query.get("ifGenerationMatch", str(generation)) != str(generation):
                 return 412, b"{}", {}

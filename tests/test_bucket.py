@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import shutil
 import threading
 import time
 
@@ -11,7 +12,7 @@ import pytest
 from etils import epath
 
 from daajax import bucket as buckets
-from daajax import data_copies, lease, output, prompts, reference
+from daajax import data_copies, lease, metrics, output, prompts, reference
 from daajax.data import token_cache
 from daajax.errors import UserError
 from daajax.mirror import Mirror
@@ -256,9 +257,33 @@ def test_a_mirror_copies_what_has_changed(bucket, capsys):
     mirror.push()
     assert "cannot be written (HTTP 403)" in capsys.readouterr().out
     bucket.read_only = False
-    mirror.close()
+    assert mirror.close() == ROOT
     assert bucket.files("a/run")["deep/x"] == b"more"
     assert not mirror.local.exists()
+
+
+def test_a_mirror_whose_last_copy_is_refused_keeps_what_it_has_and_names_it(bucket, capsys):
+    mirror = Mirror(ROOT)
+    (mirror.local / "lines").write_text("1\n")
+    bucket.read_only = True
+    assert mirror.close() == mirror.local
+    assert f"what is new is in {mirror.local} alone: {ROOT}/lines cannot be written" in capsys.readouterr().out
+    assert (mirror.local / "lines").read_text() == "1\n"
+    shutil.rmtree(mirror.local)
+
+
+def test_metrics_that_a_bucket_refuses_at_the_end_are_named_and_stay(bucket):
+    writer = metrics.Writer(ROOT)
+    writer.write(1, {"loss": 0.5})
+    bucket.read_only = True
+    with pytest.raises(buckets.BucketError, match=r"what is new is in (\S+) alone: .*HTTP 403") as error:
+        writer.complete()
+    bucket.read_only = False
+    writer.close()  # what was said of the folder holds
+    assert not bucket.files("a/run")
+    local = pathlib.Path(str(error.value).split()[5])
+    assert json.loads((local / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    shutil.rmtree(local)
 
 
 def test_a_mirror_copies_by_itself_when_the_time_has_come(bucket, monkeypatch):

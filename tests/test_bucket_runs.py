@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from daajax import bucket as buckets
-from daajax import checkpoint, folder
+from daajax import checkpoint, folder, metrics
 from daajax.errors import UserError
 from daajax.evaluate import evaluate
 from daajax.export import export
@@ -219,6 +219,24 @@ def test_all_of_a_run_lies_in_a_bucket_and_goes_on_bit_for_bit(world, bucket, tm
     assert bucket.files("runs/one")["evaluations.jsonl"].count(b"\n") == 2
     assert bucket.files("rows.d")["rows.jsonl"].count(b"\n") == 40
     assert model_of_run(Options(workdir=str(RUN))).name == "gs://bucket/runs/one after update 5"
+
+
+def test_a_run_whose_metrics_are_refused_at_the_end_is_not_finished(world, bucket):
+    flags = [*world.flags, "--config.steps=1"]
+
+    def refuse(writer):  # from here on
+        bucket.refuses = {"metrics.jsonl"}
+        complete(writer)
+
+    complete = metrics.Writer.complete
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"what is new is in \S+ alone"):
+        patch.setattr(metrics.Writer, "complete", refuse)
+        patch.setattr(metrics.Writer, "flush", lambda writer: None)
+        worlds.train(RUN, *flags)
+    assert "finished" not in bucket.files("runs/one")
+    bucket.refuses = set()
+    worlds.train(RUN, *flags)
+    assert "finished" in bucket.files("runs/one")
 
 
 @pytest.mark.slow

@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import pathlib
+import re
+import shutil
 
 import jax
 import pytest
 
+from daajax import bucket as buckets
 from daajax import command
 from daajax.errors import UserError
 from daajax.trace import ANNOTATION, Trace
@@ -81,6 +85,18 @@ def test_a_trace_that_an_error_cuts_short_ends(tmp_path, keep):
     with trace.update(1):  # another one can begin
         pass
     trace.close(keep=False)
+
+
+def test_a_trace_that_a_bucket_refuses_is_where_it_is_said_to_be(bucket, capsys):
+    trace = Trace(buckets.BucketPath("gs://bucket/run/profile"), first=1, steps=1, updates=1)
+    bucket.read_only = True
+    with trace.update(1):
+        pass
+    trace.after(1, jax.numpy.zeros(()))
+    said = re.search(r"profile: update 1 are in (\S+): pip install", capsys.readouterr().out)
+    assert said is not None
+    assert list(pathlib.Path(said[1]).rglob("*.xplane.pb"))
+    shutil.rmtree(said[1])
 
 
 def test_what_was_all_done_before_is_said(tmp_path, capsys):
