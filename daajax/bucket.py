@@ -6,6 +6,9 @@ where that is set. `path_of` gives a path that is used as a local one is, by Orb
 - A folder is there as long as an object lies in it; making one does nothing.
 - An object is written when its file is closed, whole or not at all. Nothing is appended.
 - Renaming copies, object by object, through this machine.
+
+A bucket that does not answer, or only that it cannot now, is asked again for about five minutes; then that is an
+outage, after which the same command may be started again.
 """
 
 import collections
@@ -27,17 +30,19 @@ from etils import epath
 from etils.epath import backend, gpath, stat_utils
 
 from daajax.console import say
-from daajax.errors import UserError, one_line
+from daajax.errors import OutageError, UserError, one_line
 
 LOG_IN = "log in with `gcloud auth application-default login`"
-RETRIES = {"gcs_request_retries": {"max_retries": 5, "initial_delay": "250ms", "max_delay": "8s"}}
+# Seven times within half a minute, then every half minute.
+RETRIES = {"gcs_request_retries": {"max_retries": 16, "initial_delay": "250ms", "max_delay": "32s"}}
 _SCHEME = "gs://"
 _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[^/?#*\[\]\s]+)+")
 _ABSENT = b"\x02"  # the generation that TensorStore gives to what is not there; with an empty one it asks for nothing
 _IN_FLIGHT = 16  # objects that are removed at a time
 _GRANT = "have its owner grant you the role roles/storage.objectUser"
 _PART_BYTES, _READ_AHEAD = 32 << 20, 4  # of an object, read at once; parts that are read ahead of what is used
-_OUT_OF_REACH = re.compile("UNAVAILABLE|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED")
+_CODE = re.compile(r"http_response_code='(\d+)'")
+_GIVEN_UP = re.compile("retry attempts failed")  # what TensorStore asked for again and again; of others, none says so
 _HELPS = {  # code of an answer: what the user can do
     "401": f"it is not open to everybody; {LOG_IN}",
     "403": f"your credentials do not open it; {LOG_IN} as somebody who may, or {_GRANT}",
@@ -47,6 +52,10 @@ _HELPS = {  # code of an answer: what the user can do
 
 class BucketError(UserError):
     """A bucket that does not give or take an object. That there is none is a FileNotFoundError, as on a disk."""
+
+
+class BucketOutageError(BucketError, OutageError):
+    """A bucket that does not answer, or only that it cannot now."""
 
 
 def path_of(address: str, option: str) -> "Path":
@@ -61,6 +70,8 @@ def path_of(address: str, option: str) -> "Path":
     """
     scheme, is_address, _ = address.partition("://")
     if not is_address:
+        if re.match("[a-z0-9]+:/", address):
+            raise UserError(f"{option}={address} is neither a folder nor an address; two slashes follow the colon.")
         return pathlib.Path(address)
     if scheme != "gs":
         raise UserError(
@@ -81,9 +92,9 @@ class _Objects(backend.Backend):
         if "a" in mode:
             raise io.UnsupportedOperation(f"{os.fspath(path)}: nothing is appended to an object")
         if "w" in mode:
-            file: Any = _Upload(os.fspath(path))
-        else:
-            file = io.BytesIO(read(path).value)
+            upload = _Upload(os.fspath(path))
+            return upload if "b" in mode else _TextUpload(upload)
+        file = io.BytesIO(read(path).value)
         return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8")
 
     def exists(self, path: Any) -> bool:
@@ -164,16 +175,23 @@ class _Objects(backend.Backend):
 
 
 class _Upload(io.BytesIO):
-    """A file that becomes an object when it is closed, unless what fills it fails."""
+    """A file that becomes an object when it is closed, unless what fills it fails, or nobody holds it any more."""
 
     def __init__(self, path: str):
         super().__init__()
         self._path: str | None = path
 
+    def discard(self) -> None:
+        """Leaves the object as it is, now and when the file is closed."""
+        self._path = None
+
     def __exit__(self, kind: Any, *exception: Any) -> None:
         if kind is not None:
-            self._path = None
+            self.discard()
         self.close()
+
+    def __del__(self) -> None:
+        self.discard()  # whoever did not close it was interrupted, and it may not be whole
 
     def close(self) -> None:
         path, self._path = self._path, None
@@ -182,6 +200,22 @@ class _Upload(io.BytesIO):
                 write(path, self.getvalue())
         finally:
             super().close()
+
+
+class _TextUpload(io.TextIOWrapper):
+    """The same of a text, UTF-8; Python's own closes what is beneath it, whatever happened."""
+
+    def __init__(self, upload: _Upload):
+        super().__init__(upload, encoding="utf-8")
+        self._upload = upload
+
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        if kind is not None:
+            self._upload.discard()
+        self.close()
+
+    def __del__(self) -> None:
+        self._upload.discard()
 
 
 @epath.register_path_cls(_SCHEME)
@@ -211,8 +245,15 @@ def is_object(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def read(path: str | os.PathLike[str], part: slice | None = None) -> tensorstore.KvStore.ReadResult:
+def read(
+    path: str | os.PathLike[str], part: slice | None = None, *, seconds: float | None = None
+) -> tensorstore.KvStore.ReadResult:
     """An object's content, or a part of it, and its generation.
+
+    Args:
+        path: Its name.
+        part: None: all of it.
+        seconds: After which it is not asked for any more; None: as `RETRIES` says.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -220,7 +261,7 @@ def read(path: str | os.PathLike[str], part: slice | None = None) -> tensorstore
     """
     store, key = _split(path)
     with _named(path, "read"):
-        found = store.read(key, byte_range=part).result()
+        found = store.read(key, byte_range=part).result(timeout=seconds)
     if found.state == "missing":
         raise FileNotFoundError(errno.ENOENT, "No such object", os.fspath(path))
     return found
@@ -278,13 +319,20 @@ def _rest(store: tensorstore.KvStore, key: str, begin: int) -> tensorstore.KvSto
         raise
 
 
-def write(path: str | os.PathLike[str], content: bytes | None, *, only_at: bytes | None = None) -> bytes | None:
+def write(
+    path: str | os.PathLike[str],
+    content: bytes | None,
+    *,
+    only_at: bytes | None = None,
+    seconds: float | None = None,
+) -> bytes | None:
     """Makes or replaces an object; None removes it.
 
     Args:
         path: Its name.
         content: Its content.
         only_at: The generation that it must be of, empty where there must be none; None: whatever there is.
+        seconds: After which it is not tried any more, though it may have been done; None: as `RETRIES` says.
 
     Returns:
         Its generation; None where it was of another than `only_at`.
@@ -294,7 +342,7 @@ def write(path: str | os.PathLike[str], content: bytes | None, *, only_at: bytes
     """
     store, key = _split(path)
     with _named(path, "written"):
-        stamp = store.write(key, content, if_equal=_ABSENT if only_at == b"" else only_at).result()
+        stamp = store.write(key, content, if_equal=_ABSENT if only_at == b"" else only_at).result(timeout=seconds)
     return None if stamp.generation == b"" and only_at is not None else stamp.generation
 
 
@@ -377,18 +425,26 @@ def _named(path: str | os.PathLike[str], done: str) -> Iterator[None]:
 
 def refused(path: str | os.PathLike[str], done: str, error: Exception) -> BucketError:
     """What an error of TensorStore says of a path in a bucket."""
-    return BucketError(f"{os.fspath(path)} cannot be {done} ({_reason(error)}")
+    kind = BucketOutageError if is_outage(error) else BucketError
+    return kind(f"{os.fspath(path)} cannot be {done} ({_reason(error)}")
 
 
 def is_out_of_reach(error: Exception) -> bool:
     """Whether an error of TensorStore says nothing of what lies in a bucket, since that did not answer, or not us."""
-    return bool(_OUT_OF_REACH.search(str(error)))
+    return bool(_CODE.search(str(error)) or is_outage(error))
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether an error of TensorStore says that a bucket did not answer, or only that it cannot now."""
+    code = _CODE.search(str(error))
+    is_refusal = code is not None and code[1] in _HELPS
+    return isinstance(error, TimeoutError) or (bool(_GIVEN_UP.search(str(error))) and not is_refusal)
 
 
 def _reason(error: Exception) -> str:
     """What TensorStore says, in brackets that a caller opened, and behind them what helps."""
     name = one_line(error)
-    code = re.search(r"http_response_code='(\d+)'", str(error))
+    code = _CODE.search(str(error))
     if code is None or code[1] not in _HELPS:
         return f"{name}); check the network, then start the same command again."
     return f"HTTP {code[1]}): {_HELPS[code[1]]}."

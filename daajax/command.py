@@ -17,7 +17,7 @@ from ml_collections import config_dict, config_flags
 from daajax import bucket, folder, memory, processes
 from daajax.config import Config, every_option, has_adapters, resolve, restored
 from daajax.console import say
-from daajax.errors import UserError, one_line
+from daajax.errors import OutageError, UserError, one_line
 
 _USAGE = """usage: python -m daajax.{name} --config=configs/RECIPE.py[:ARGUMENT] [--workdir=DIR] [--config.key=value …]
 Every option with its meaning is in configs/base.py."""
@@ -72,8 +72,8 @@ def end(
 ) -> NoReturn:
     """Runs a command and ends the process.
 
-    Exit codes: 0 done, 1 a clear error, 42 stopped by the platform after saving, 43 another process is gone, or the
-    runtime of one of several has failed, 130 stopped from the keyboard.
+    Exit codes: 0 done, 1 a clear error, 42 stopped by the platform after saving, 43 another process is gone, the runtime
+    of one of several has failed, or a bucket does not answer, 130 stopped from the keyboard.
 
     Args:
         main: Takes the arguments, program name first.
@@ -95,6 +95,8 @@ def end(
         if joins and argv is None:
             processes.join(stops=stops)
         main(arguments)
+    except OutageError as error:
+        _fail(f"error: {error}", processes.STUCK)
     except UserError as error:
         _fail(f"error: {error}")
     except processes.StoppedError as stopped:
@@ -118,14 +120,14 @@ def _check_same(*parsed: Any) -> None:
     processes.check_same(repr(parsed), "the command lines")
 
 
-def _fail(line: str) -> NoReturn:
+def _fail(line: str, code: int = 1) -> NoReturn:
     """Ends the process with a line: of several processes that fail alike, the first one's."""
     sys.stdout.flush()
     if processes.says(line):
         sys.stderr.write(f"{line}\n")
     if processes.are_several():
-        processes.leave(1)
-    sys.exit(1)
+        processes.leave(code)
+    sys.exit(code)
 
 
 def _fall(error: Exception) -> NoReturn:

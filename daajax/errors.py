@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception that means "the user can mend this", and the one that means "it may be well again later"."""
 
 
 class UserError(Exception):
@@ -7,6 +7,10 @@ class UserError(Exception):
     Its text is one line that says what was got, what was needed and what to do. Every command prints it without a
     stack trace and exits with code 1.
     """
+
+
+class OutageError(UserError):
+    """Something outside that did not answer for minutes: a command exits with code 43, and may be started again."""
 
 
 def one_line(error: Exception, most: int = 200) -> str:

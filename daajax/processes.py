@@ -36,10 +36,10 @@ from jax.experimental import multihost_utils
 
 from daajax import console, places
 from daajax.console import say
-from daajax.errors import UserError, one_line
+from daajax.errors import OutageError, UserError, one_line
 
 # Exit codes after which the same command goes on: the platform takes the machine away and what was done is saved; there
-# is no progress any more.
+# is no progress any more, or what does not answer may do so later.
 STOPPED, STUCK = 42, 43
 START_SECONDS, HEARTBEAT_SECONDS = 300, 100
 _FAILURE, _TOGETHER_SECONDS, _STUCK_SECONDS = "daajax/failure", 3, 30
@@ -241,11 +241,12 @@ def from_first(make: Callable[[], Made]) -> Made:
         try:
             outcome = {"made": make()}
         except Exception as error:  # whatever it is, the others wait for it
-            _from_first({"error": str(error) if isinstance(error, UserError) else one_line(error)})
+            text = str(error) if isinstance(error, UserError) else one_line(error)
+            _from_first({"error": text, "passes": isinstance(error, OutageError)})
             raise
     outcome = _from_first(outcome)
     if "error" in outcome:
-        raise UserError(outcome["error"])
+        raise (OutageError if outcome["passes"] else UserError)(outcome["error"])
     return outcome["made"]
 
 
