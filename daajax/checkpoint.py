@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from daajax import bucket, checkpoints_in_bucket, processes, sharding
 from daajax.console import say
-from daajax.errors import UserError, one_line
+from daajax.errors import OutageError, UserError, one_line
 from daajax.models.digest import digests_of
 from daajax.step import TrainState
 
@@ -314,13 +314,16 @@ class Checkpoints:
 
     def _succeeds(self, step: int, act: Callable[[], object]) -> bool:
         """Does a part of a save, which may fail up to `FAILURES` times in a row; what a failure leaves is removed."""
-        failure = None
+        failure, is_outage = None, False
         try:
             act()
         except Exception as error:  # Orbax and TensorStore raise whatever the file system makes of it
             failure = one_line(error)
+            is_outage = isinstance(error, OutageError) or (
+                isinstance(self.folder, bucket.BucketPath) and bucket.is_outage(error)
+            )
         # What fails in one process is given up by all.
-        failures = [failure for failure in processes.gathered(failure) if failure]
+        failures = [failed for failed in processes.gathered([failure, is_outage]) if failed[0]]
         if not failures:
             return True
         self._failures += 1
@@ -331,9 +334,10 @@ class Checkpoints:
         if processes.is_first() and not isinstance(self.folder, bucket.BucketPath):
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-        line = f"the checkpoint of update {step} could not be saved ({failures[0]})"
+        line = f"the checkpoint of update {step} could not be saved ({failures[0][0]})"
         if self._failures >= FAILURES:
-            raise UserError(
+            kind = OutageError if all(passes for _, passes in failures) else UserError
+            raise kind(
                 f"{line}: {self._failures} times in a row; make room or make {self.folder} writable, then start "
                 "the same command again."
             )
@@ -359,22 +363,28 @@ class Checkpoints:
         return found
 
     def _read(self, step: int, **items: Any) -> Any:
-        found, damage = None, None
+        found, damage, no_answer = None, None, None
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 found = reader.restore((self.folder / str(step)).absolute(), args=ocp.args.Composite(**items))
         except (MemoryError, PermissionError):  # nothing is wrong with the checkpoint
             raise
         except Exception as error:  # a page of TensorStore's text, of many kinds
-            if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, bucket.BucketError):
+            no_answer = self._no_answer(step, error)
+            if no_answer is None and ("RESOURCE_EXHAUSTED" in str(error) or processes.is_lost(error)):
                 raise
-            if bucket.is_out_of_reach(error):
-                raise bucket.refused(self.folder / str(step), "read", error) from None
             damage = one_line(error)
-        # What one process finds damaged is so for all: each reads other parts.
+        # What one process finds is so for all: each reads other parts.
+        processes.raise_together(no_answer)
         if damages := [damage for damage in processes.gathered(damage) if damage]:
             raise DamagedError(damages[0])
         return found
+
+    def _no_answer(self, step: int, error: Exception) -> bucket.BucketError | None:
+        """What an error says of the bucket, where it says nothing of the checkpoint in it; None: it is another one."""
+        if not isinstance(self.folder, bucket.BucketPath) or isinstance(error, bucket.BucketError):
+            return error if isinstance(error, bucket.BucketError) else None
+        return bucket.refused(self.folder / str(step), "read", error) if bucket.is_out_of_reach(error) else None
 
 
 class _Manager(ocp.CheckpointManager):

@@ -241,13 +241,33 @@ def from_first(make: Callable[[], Made]) -> Made:
         try:
             outcome = {"made": make()}
         except Exception as error:  # whatever it is, the others wait for it
-            text = str(error) if isinstance(error, UserError) else one_line(error)
-            _from_first({"error": text, "passes": isinstance(error, OutageError)})
+            _from_first({"error": _told(error)})
             raise
     outcome = _from_first(outcome)
     if "error" in outcome:
-        raise (OutageError if outcome["passes"] else UserError)(outcome["error"])
+        raise _heard(outcome["error"])
     return outcome["made"]
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raises in every process what one of them has met, if any has; of several, the first one's.
+
+    Raises:
+        UserError: As it was met, an OutageError where it is one.
+    """
+    if errors := [told for told in gathered(None if error is None else _told(error)) if told is not None]:
+        raise _heard(errors[0])
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """An error as JSON."""
+    text = str(error) if isinstance(error, UserError) else one_line(error)
+    return {"text": text, "is_outage": isinstance(error, OutageError)}
+
+
+def _heard(told: dict[str, Any]) -> UserError:
+    """The error of another process, from JSON."""
+    return (OutageError if told["is_outage"] else UserError)(told["text"])
 
 
 def _from_first(value: Any) -> Any:

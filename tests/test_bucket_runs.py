@@ -2,7 +2,9 @@
 
 import json
 import signal
+from unittest import mock
 
+import jax
 import pytest
 import safetensors.numpy
 
@@ -20,7 +22,6 @@ RUN = buckets.BucketPath("gs://bucket/runs/one")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
 
 
@@ -103,6 +104,21 @@ def test_a_bucket_out_of_reach_is_no_damage(saved, bucket, monkeypatch, status):
     assert checkpoints(bucket) == [1]
 
 
+def test_words_of_another_failure_are_none_of_the_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr("daajax.processes.are_several", lambda: True)
+    for where in (tmp_path, RUN):
+        lost = jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo: connection closed by peer")
+        monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", mock.Mock(side_effect=lost))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            checkpoint.Checkpoints(where).restore_parts(1, ABSTRACT)
+    denied = ValueError("PERMISSION_DENIED: Forbidden")
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", mock.Mock(side_effect=denied))
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.Checkpoints(tmp_path).restore_parts(1, ABSTRACT)
+
+
+# The thread in which Orbax saves ends by the error that is then raised.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bucket_that_takes_nothing_is_retried_and_ends_the_run(saved, bucket, capsys):
     save(saved, 1)
     bucket.read_only = True
@@ -229,10 +245,11 @@ def test_a_run_whose_metrics_are_refused_at_the_end_is_not_finished(world, bucke
         complete(writer)
 
     complete = metrics.Writer.complete
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"what is new is in \S+ alone"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.Writer, "complete", refuse)
         patch.setattr(metrics.Writer, "flush", lambda writer: None)
-        worlds.train(RUN, *flags)
+        with pytest.raises(UserError, match=r"what is new is in \S+ alone"):
+            worlds.train(RUN, *flags)
     assert "finished" not in bucket.files("runs/one")
     bucket.refuses = set()
     worlds.train(RUN, *flags)
