@@ -5,6 +5,10 @@ another machine is trusted: whoever finds a lock watches it for as long as it sa
 if it does not, that run was killed and the folder is free. A run that ends lets go of its folder at once; one that was
 silent for so long and comes back to find its folder taken ends.
 
+It finds that out at its next sign of life, so one that was cut off may write beside the run that took over for as long
+as is between two signs, a sixth of the silence, 15 s. Of a file that both write in that time, one run's is there; a
+checkpoint that is not of one run alone does not fit its digests, and is set aside.
+
 `DAAJAX_LOCK_SECONDS` is that silence, 90 unless it is set.
 """
 
@@ -22,7 +26,8 @@ from daajax.console import say
 from daajax.errors import UserError
 
 SECONDS = 90
-_SIGNS = 6  # of life, within that time
+_SIGNS = 6  # of life, within that time; one that takes longer than the pause between them has failed
+_AGAIN_SECONDS = 1.0  # after a sign that failed
 _LOOK_SECONDS = 1.0
 
 
@@ -82,33 +87,38 @@ class _Lease:
 
     def keep(self) -> None:
         """Gives a sign of life now and then; ends the process if the lock is another's."""
-        while not self.ended.wait(self._seconds / _SIGNS):
-            with contextlib.suppress(bucket.BucketError):  # if it lasts, another run may take over
-                if not self._write(self._generation) and not self._is_own():
+        pause = between = self._seconds / _SIGNS
+        most = max(between, 1.0)
+        while not self.ended.wait(pause):
+            try:
+                if not self._write(self._generation, most) and not self._is_own(most):
                     self._lost()
                     return
+                pause = between
+            except bucket.BucketError:  # if it lasts, another run may take over
+                pause = min(_AGAIN_SECONDS, between)
 
     def give_up(self) -> None:
         """Removes the lock, if it is still this one."""
         try:
-            bucket.write(self._lock, None, only_at=self._generation)
+            bucket.write(self._lock, None, only_at=self._generation, seconds=float(self._seconds))
         except bucket.BucketError as error:
             say(f"{error} The next run here waits for {self._seconds} s")
 
-    def _write(self, only_at: bytes | None) -> bool:
-        """Writes the lock where it is of that generation."""
+    def _write(self, only_at: bytes | None, seconds: float | None = None) -> bool:
+        """Writes the lock where it is of that generation, within so many seconds."""
         self._signs += 1
         said = {"holder": self._holder, "token": self._token, "signs": self._signs, "seconds": self._seconds}
-        generation = bucket.write(self._lock, json.dumps(said).encode(), only_at=only_at)
+        generation = bucket.write(self._lock, json.dumps(said).encode(), only_at=only_at, seconds=seconds)
         if generation is None:
             return False
         self._generation = generation
         return True
 
-    def _is_own(self) -> bool:
+    def _is_own(self, seconds: float) -> bool:
         """Whether the lock is this one: a request whose answer was lost has been made all the same."""
         with contextlib.suppress(FileNotFoundError):
-            found = bucket.read(self._lock)
+            found = bucket.read(self._lock, seconds=seconds)
             if self._token.encode() in found.value:
                 self._generation = found.stamp.generation
                 return True

@@ -2,9 +2,9 @@
 
 An object cannot be appended to, so a file is written anew each time: at most every `SECONDS`, and the less often the
 longer it takes. What a run that is killed had not copied yet is of updates that the next one does again, since `push`
-comes before a checkpoint. That is best effort: a bucket that takes nothing for minutes is no reason to keep a checkpoint
-back, so a run that is killed behind it leaves a gap in what it reported; both are said. A run does not end as finished
-before the bucket has all, and where it has not, the folder on this machine stays and is named.
+comes before a checkpoint. That is best effort: a bucket that takes nothing for minutes, which is said, is no reason to
+keep a checkpoint back, so a run that is killed then leaves a gap in what it reported. A run does not end as finished
+before the bucket has all; where it has not, the folder on this machine stays and is named.
 """
 
 import pathlib
