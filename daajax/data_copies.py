@@ -68,4 +68,8 @@ def _make(path: bucket.BucketPath, generations: dict[str, bytes], copy: pathlib.
                     target.write(part)
         progress.advance()
     progress.close()
+    wanted = {partial / (name or path.name) for name in generations}
+    for left in set(partial.rglob("*.partial")) - wanted:  # by a copy that was killed
+        if left.is_file():
+            left.unlink()
     partial.rename(copy)

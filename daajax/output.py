@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from daajax import bucket
+from daajax.console import say
 from daajax.errors import UserError
 
 
@@ -75,9 +76,12 @@ def void(path: bucket.BucketPath, last: str) -> None:
 
 
 def remove_folder(path: bucket.Path) -> None:
-    """Removes a folder, if it is there and can be removed."""
+    """Removes a folder, if it is there and can be removed; that a bucket does not is said."""
     if isinstance(path, bucket.BucketPath):
-        bucket.remove(path, bucket.names(path))
+        try:
+            bucket.remove(path, bucket.names(path))
+        except bucket.BucketError as error:
+            say(f"{error} Until then {path} stays")
     else:
         shutil.rmtree(path, ignore_errors=True)
 

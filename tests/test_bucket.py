@@ -1,5 +1,6 @@
 """Paths in a bucket: they read and write as those on a disk do, and what a bucket refuses is one line."""
 
+import gc
 import gzip
 import json
 import pathlib
@@ -38,6 +39,7 @@ def broken(bucket, monkeypatch):
     [
         ("s3://bucket/run", "s3:// is neither read nor written; name a folder or gs://bucket/folder"),
         ("hf://org/model", "hf:// is neither read nor written"),
+        ("gs:/bucket/run", "is neither a folder nor an address; two slashes follow the colon"),
         ("gs://bucket", "is no folder in a bucket; needed is gs://bucket/folder"),
         ("gs://bucket/", "is no folder in a bucket"),
         ("gs:///run", "is no folder in a bucket"),
@@ -104,22 +106,31 @@ def test_what_is_not_there_is_told_as_on_a_disk(bucket):
     ROOT.unlink(missing_ok=True)
 
 
-def test_a_file_whose_writing_fails_is_not_there(bucket):
+@pytest.mark.parametrize(("mode", "content"), [("wb", b"ha"), ("w", "ha")])
+def test_a_file_whose_writing_fails_is_not_there(bucket, mode, content):
     (ROOT / "file").write_text("before")
 
     def half() -> None:
-        with (ROOT / "file").open("wb") as file:
-            file.write(b"ha")
+        with (ROOT / "file").open(mode) as file:
+            file.write(content)
             raise MemoryError
 
     with pytest.raises(MemoryError):
         half()
+    left = (ROOT / "file").open(mode)
+    left.write(content)
+    del left
+    gc.collect()
     assert (ROOT / "file").read_text() == "before"
 
 
-def test_more_names_than_a_page_of_a_list_has(bucket):
+def test_more_names_than_a_page_of_a_list_has(bucket, capsys):
     bucket.write("a/run", {f"d/{number:03}": b"" for number in range(120)})
     assert buckets.names(ROOT) == [f"d/{number:03}" for number in range(120)]
+    bucket.read_only = True
+    output.remove_folder(ROOT)
+    assert "a/run cannot be written (HTTP 403)" in capsys.readouterr().out
+    bucket.read_only = False
     output.remove_folder(ROOT)
     assert not bucket.files("a/run")
 
@@ -402,6 +413,15 @@ def test_data_in_a_bucket_are_read_from_a_copy(bucket, capsys, tmp_path):
     assert data_copies.fetch("owner/name", "data.path") == "owner/name"
 
 
+def test_a_copy_of_data_that_was_killed_leaves_nothing_in_the_next(bucket, tmp_path):
+    bucket.write("data", {"all/1.jsonl": ROWS, "all/2.jsonl.partial": ROWS})
+    copy = pathlib.Path(data_copies.fetch("gs://bucket/data/all", "data.path"))
+    partial = copy.rename(copy.with_name(f"{copy.name}.partial"))
+    (partial / "1.jsonl.0123abcd.partial").write_bytes(b"ha")
+    data_copies.fetch("gs://bucket/data/all", "data.path")
+    assert sorted(path.name for path in copy.rglob("*")) == ["1.jsonl", "2.jsonl.partial"]
+
+
 @pytest.mark.parametrize(
     ("address", "says"),
     [
@@ -440,6 +460,18 @@ def test_tokenized_data_in_a_bucket_serve_another_host(bucket, tmp_path, monkeyp
     bucket.remove("tokens", *bucket.files("tokens"))
     assert "cache: hit" in tokenize().notices[-1]
     assert name in bucket.files("tokens")
+
+
+def test_a_cache_in_a_bucket_may_be_only_to_read_from(bucket, tmp_path, capsys):
+    worlds.save_tokenizer(tmp_path / "model")
+    data = worlds.write_rows(tmp_path / "pairs.jsonl", worlds.pairs(6))
+    bucket.read_only = True
+    for notice in ("tokenized 6 examples", "cache: hit"):
+        made = token_cache.tokenized("jsonl", data, tmp_path / "model", max_length=64, cache_dir="gs://bucket/tokens")
+        assert notice in made.notices[-1]
+        said = capsys.readouterr().out
+        assert "(HTTP 403)" in said
+        assert f"The run goes on with {tmp_path / 'tokens'}" in said
 
 
 def test_a_reference_cache_in_a_bucket(bucket):

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from daajax import bucket
+from daajax.console import say
 from daajax.data import tokens
 from daajax.data.chat import template_text
 from daajax.data.sources import Source, open_source
@@ -110,8 +111,8 @@ def _find_or_make(
     if entry.exists():
         try:
             found = load(entry)
-            if isinstance(cache, bucket.BucketPath) and not bucket.is_object(cache / key / _META):
-                bucket.upload(entry, cache / key, _META)
+            if isinstance(cache, bucket.BucketPath):
+                _share(entry, cache / key)
             return _with_notices(found, f"cache: hit {entry.name}")
         except DamagedError as reason:
             notices.append(f"cache: entry {entry} is damaged ({reason}): made again")
@@ -122,7 +123,7 @@ def _find_or_make(
         save(data, entry)
         data = load(entry)
     if isinstance(cache, bucket.BucketPath):
-        bucket.upload(entry, cache / key, _META)
+        _share(entry, cache / key, is_remade=True)
     return _with_notices(data, *notices, notice)
 
 
@@ -141,6 +142,15 @@ def _bring(source: bucket.BucketPath, entry: Path) -> None:
         _publish(scratch, entry)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _share(entry: Path, target: bucket.BucketPath, *, is_remade: bool = False) -> None:
+    """Copies an entry to a bucket where it is not there or was made again; a bucket may be only to read from."""
+    try:
+        if is_remade or not bucket.is_object(target / _META):
+            bucket.upload(entry, target, _META)
+    except bucket.BucketError as error:
+        say(f"{error} The run goes on with {entry}, which other hosts do not find")
 
 
 def _scratch(entry: Path) -> Path:

@@ -101,10 +101,14 @@ def _completed(config: Config, values: Mapping[str, Any], names_data: bool) -> C
             )
         changes["model.path"] = values["model"]
     path = config.data.path
-    is_here = path is not None and (names_data or config.data.name == "hub" or pathlib.Path(path).exists())
+    is_address = path is not None and "://" in path  # what a recipe names is not fetched for a plan
+    is_here = path is not None and (
+        names_data or config.data.name == "hub" or (not is_address and pathlib.Path(path).exists())
+    )
     if values["lengths"] is not None or not is_here:
         if path is not None and values["lengths"] is None:
-            say(f"data: {path} is not here: --lengths={','.join(map(str, assumed.DEFAULT))} are assumed")
+            why = "is fetched if --config.data.path names it" if is_address else "is not here"
+            say(f"data: {path} {why}: --lengths={','.join(map(str, assumed.DEFAULT))} are assumed")
         changes |= {"data.path": ASSUMED, "data.extra": (), "data.weight": None, "steps": 1, "epochs": None}
     return with_options(config, changes)
 
