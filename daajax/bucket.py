@@ -443,7 +443,7 @@ def is_outage(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     """What TensorStore says, in brackets that a caller opened, and behind them what helps."""
-    name = one_line(error)
+    name = one_line(error).rstrip(": ")  # a timeout says nothing but its kind
     code = _CODE.search(str(error))
     if code is None or code[1] not in _HELPS:
         return f"{name}); check the network, then start the same command again."

@@ -13,9 +13,9 @@ import pytest
 from etils import epath
 
 from daajax import bucket as buckets
-from daajax import data_copies, lease, metrics, output, prompts, reference
+from daajax import command, data_copies, lease, metrics, output, processes, prompts, reference
 from daajax.data import token_cache
-from daajax.errors import UserError
+from daajax.errors import OutageError, UserError
 from daajax.mirror import Mirror
 from daajax.watchdog import Watchdog
 from tests import stores, worlds
@@ -189,6 +189,24 @@ def test_what_a_bucket_refuses_is_one_line(broken, status, says):
         with pytest.raises(buckets.BucketError, match=rf"^gs://bucket/a/run(/x)? cannot be {done} .*{says}$") as error:
             act()
         assert "\n" not in str(error.value)
+        assert isinstance(error.value, OutageError) == (status == 503)
+
+
+def test_an_outage_ends_a_command_with_the_code_that_it_is_started_again_after(broken, capsys):
+    for status, code in ((503, processes.STUCK), (403, 1)):
+        broken.status = status
+        with pytest.raises(SystemExit) as ended:
+            command.end(lambda arguments: ROOT.read_bytes(), "", ["train"])
+        assert ended.value.code == code
+        assert "gs://bucket/a/run cannot be read" in capsys.readouterr().err
+
+
+def test_a_request_that_is_given_so_many_seconds_takes_no_longer(bucket):
+    bucket.status = 503
+    began = time.monotonic()
+    with pytest.raises(OutageError, match="cannot be written"):
+        buckets.write(ROOT / "x", b"", seconds=0.2)
+    assert time.monotonic() - began < 20  # with all its tries it would take minutes
 
 
 def test_a_bucket_that_is_not_there_is_named(bucket):

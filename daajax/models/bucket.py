@@ -17,7 +17,7 @@ import tensorstore
 from daajax import bucket, output
 from daajax.bucket import LOG_IN
 from daajax.console import Progress, say
-from daajax.errors import UserError, one_line
+from daajax.errors import OutageError, UserError, one_line
 from daajax.models.tensor_files import SECOND_COPY, STORED
 from daajax.models.weights import SMALL
 
@@ -54,7 +54,8 @@ def fetch(address: str, option: str, *, with_weights: bool, revision: str) -> tu
     except OSError as error:
         raise UserError(f"{option}={address} cannot be copied to {home} ({error.strerror}); make room there.") from None
     except Exception as error:  # from TensorStore, of several kinds
-        raise UserError(
+        kind = OutageError if bucket.is_outage(error) else UserError
+        raise kind(
             f"{option}={address} cannot be read ({one_line(error)}); check the name and the network, or {LOG_IN}."
         ) from None
     return copy, now
