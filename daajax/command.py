@@ -72,8 +72,8 @@ def end(
 ) -> NoReturn:
     """Runs a command and ends the process.
 
-    Exit codes: 0 done, 1 a clear error, 42 stopped by the platform after saving, 43 another process is gone, the runtime
-    of one of several has failed, or a bucket does not answer, 130 stopped from the keyboard.
+    Exit codes: 0 done, 1 a clear error, 42 stopped by the platform after saving, 43 another process is gone, the
+    runtime of one of several has failed, or a bucket does not answer, 130 stopped from the keyboard.
 
     Args:
         main: Takes the arguments, program name first.

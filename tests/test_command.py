@@ -121,7 +121,7 @@ def test_every_recipe_says_in_its_docstring_how_it_is_run(recipe):
         (["--config.steps=3", "rubbish", "more"], "'rubbish' is not understood"),
         (["--config.loss=dpo"], "config.loss"),
         (["--config.loss={'name':"], "config.loss"),
-        (["--config.mesh={'data':8}"], "config.mesh.fsdp is missing"),
+        (["--config.mesh={'data':8}"], "config.mesh.context is missing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -58,7 +58,7 @@ def family(request, tmp_path_factory):
 def loaded(path, sizes=ONE, dtype="float32"):
     """A directory's generator, its scorer, and its parameters on a mesh."""
     with worlds.visible(int(np.prod(sizes))):
-        mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+        mesh = sharding.make_mesh(dict(zip(sharding.WHOLE_ROWS, sizes, strict=True)))
     scorer = Scorer.make(
         for_length(read_architecture(path), 100),
         mesh,

@@ -171,7 +171,7 @@ def clocked(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: seconds[0])
     windows = np.arange(40).reshape(20, 2) % 10
     places = np.zeros_like(windows)
-    plan = Plan(windows, places, (Shape(128, 2, 8, 128),), places[:, 0], 1, 1, True, {"length": 0.5}, 128, ())
+    plan = Plan(windows, places, (Shape(128, 2, 8, 128),), places[:, 0], 1, 1, 1, True, {"length": 0.5}, 128, ())
     lengths = np.stack([np.arange(10), np.ones(10, int)], axis=1)  # example n has n + 1 tokens
     return lambda done, meters=None: metrics.Clock(plan, lengths, done, meters), seconds
 
