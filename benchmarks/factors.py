@@ -92,7 +92,7 @@ def prepare(work: workloads.Workload, given: argparse.Namespace, folder: str, op
     reference = run.load_reference(config, [(data, plan)], scorer, scorer, params, terms, mesh)
     batch, keys = inputs.make_batches(config, data, plan, reference.columns[0], terms)[0], plan.shape(0).keys
     analysis: Any = update.compile(batch, keys=keys).memory_analysis()
-    meters = run.make_meters(config, scorer, scorer, terms, data, plan, update.head_for(batch))
+    counts = run.make_counts(config, scorer, scorer, terms, data, plan, update.head_for(batch))
     live = jax.tree.map(jax.numpy.copy, reference.live)
     return Line(
         update,
@@ -100,7 +100,7 @@ def prepare(work: workloads.Workload, given: argparse.Namespace, folder: str, op
         Beside({}, live),
         sharding.place(mesh, batch),
         keys,
-        float(meters.counts.steps["packing"][-1]),
+        float(counts.steps["packing"][-1]),
         analysis.temp_size_in_bytes,
     )
 

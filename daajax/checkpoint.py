@@ -3,15 +3,13 @@
 A checkpoint has an item for each part of the state that there is anything of, and each can be restored alone:
 `params`, `optimizer`, what the `objectives` keep, a `reference` that follows the policy. Beside them lies `record`,
 JSON that says what they must be. Orbax keeps no checksum of contents, so every leaf's digest is taken on the devices
-before it is saved and compared after it is restored. What is damaged is set aside and the one before it used, both of
-it said. `checkpoints_in_bucket` has what differs where the folder is in a bucket.
+before it is saved and compared after it is restored (`daajax.record`). What is damaged is set aside and the one before
+it used, both of it said. `checkpoints_in_bucket` has what differs where the folder is in a bucket.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +20,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from daajax import bucket, checkpoints_in_bucket, processes, sharding
+from daajax import bucket, checkpoints_in_bucket, processes
 from daajax.console import say
 from daajax.errors import OutageError, UserError, one_line
-from daajax.models.digest import digests_of
+from daajax.record import ITEMS, DamagedError, Record, check_fits, check_leaves, check_origin, items_of, leaves_of
 from daajax.step import TrainState
 
 FAILURES = 3  # saves in a row that may fail before the run ends
@@ -34,32 +32,8 @@ BEST = {  # metric that the best checkpoint may be chosen by: whether less of it
     "eval/rewards/accuracies": False,
     "eval/rewards/margins": False,
 }
-ITEMS = ("params", "optimizer", "objectives", "reference")  # parts of a state, each of which can be restored alone
 _SPOKEN = {"optimizer": "the optimizer", "objectives": "what the objectives keep", "reference": "the reference"}
 _FOLDER, _ASIDE = "checkpoints", "damaged-checkpoints"
-
-
-class DamagedError(Exception):
-    """A checkpoint that cannot be used; its text is the reason."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        data: Digest of the training data.
-        model: Digest of the weights that training started from; empty where nobody asked.
-        reference: Digest of the reference's weights; empty where there is none.
-        metrics: Of an evaluation at this update.
-        leaves: Shape, dtype and digest of every leaf of the state, by path; filled in when it is saved.
-    """
-
-    data: str
-    model: str
-    reference: str = ""
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -79,9 +53,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._best_of)]),
             cleanup_tmp_directories=True,
         )
-        self._opened: _Manager | checkpoints_in_bucket.Saver | None = (
-            None  # only to save: it removes what it takes for left behind
-        )
+        # Only to save: it removes what it takes for left behind.
+        self._opened: _Manager | checkpoints_in_bucket.Saver | None = None
         self._records: dict[int, Record] = {}  # of what was saved since
         self._in_background: int | None = None  # update whose save is not known to have ended well
         self._failures = 0
@@ -138,10 +111,10 @@ class Checkpoints:
         self._settle()  # else its failure would be taken for this one's
         if (self._opened is None and not self._succeeds(step, self._open)) or (opened := self._opened) is None:
             return False
-        self._records[step] = record = dataclasses.replace(record, leaves=_leaves(_items(state)))
+        self._records[step] = record = dataclasses.replace(record, leaves=leaves_of(items_of(state)))
         items = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
-            record=ocp.args.JsonSave({"content": _json(record), "sha256": _sha256(_json(record))}),
+            **{name: ocp.args.StandardSave(item) for name, item in items_of(state).items()},
+            record=ocp.args.JsonSave(record.sealed()),
         )
         if self._succeeds(step, lambda: opened.save(step, args=items)):
             self._in_background = step
@@ -166,13 +139,7 @@ class Checkpoints:
         Raises:
             DamagedError: If it cannot be read.
         """
-        found = self._read(step, record=ocp.args.JsonRestore())["record"]
-        try:
-            if _sha256(found["content"]) != found["sha256"]:
-                raise DamagedError("its record is not what was saved")
-            return Record(**json.loads(found["content"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedError(f"its record cannot be read: {one_line(error)}") from None
+        return Record.opened(self._read(step, record=ocp.args.JsonRestore())["record"])
 
     def check_origin(self, step: int, now: Record, *, forced: bool) -> None:
         """See `check_origin`; of the latest checkpoint for step 0, and of none if there is none.
@@ -200,15 +167,15 @@ class Checkpoints:
             DamagedError: If any of it is not what was saved.
         """
         record, place = self.record(step), str(self.folder / str(step))
-        _check_fits(record, abstract, "params", place)
-        items, lacking = _items(abstract), []
+        check_fits(record, abstract, "params", place)
+        items, lacking = items_of(abstract), []
         for name in ITEMS[1:]:
             try:
-                _check_fits(record, abstract, name, place)
+                check_fits(record, abstract, name, place)
             except UserError as error:
                 if fresh is None:
                     raise
-                afresh = "starts afresh from them" if name in _items(abstract) else "is left out"
+                afresh = "starts afresh from them" if name in items_of(abstract) else "is left out"
                 say(f"{error} Forced: its parameters are taken, and {_SPOKEN[name]} {afresh}")
                 lacking.append(name)
                 items.pop(name, None)
@@ -230,9 +197,9 @@ class Checkpoints:
             UserError: If it is another model's or damaged.
         """
         with self._must_be_sound(step):
-            record, items = self.record(step), _items(abstract)
+            record, items = self.record(step), items_of(abstract)
             for name in items:
-                _check_fits(record, abstract, name, str(self.folder / str(step)))
+                check_fits(record, abstract, name, str(self.folder / str(step)))
             return abstract._replace(**self._restored(step, record, items))
 
     def restore_latest(
@@ -359,7 +326,7 @@ class Checkpoints:
         """Items as they were saved, by name."""
         items = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
         found = {name: value for name, value in self._read(step, **items).items() if name in items}
-        _check_leaves(record, _leaves(found))
+        check_leaves(record, leaves_of(found))
         return found
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -407,77 +374,3 @@ class _Best:
         del context
         best = self.best_of([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == best for checkpoint in checkpoints]
-
-
-def check_origin(before: Record, now: Record, *, forced: bool) -> None:
-    """Refuses other data, initial weights or reference than a checkpoint was made with; what is empty is not compared.
-
-    Args:
-        before: Of the checkpoint.
-        now: Of this run.
-        forced: Say it and go on all the same.
-
-    Raises:
-        UserError: If they differ.
-    """
-    for what, old, new in (
-        ("data", before.data, now.data),
-        ("weights of the model", before.model, now.model),
-        ("weights of the reference", before.reference, now.reference),
-    ):
-        if old and new and old != new:
-            line = f"the {what} changed since the checkpoint was made: digest {old[:12]} then, {new[:12]} now"
-            if not forced:
-                raise UserError(f"{line}; restore them, or go on all the same with --config.resume=force.")
-            say(f"{line} (forced)")
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that there is anything of, by name."""
-    return {name: getattr(state, name) for name in ITEMS if jax.tree.leaves(getattr(state, name))}
-
-
-def _leaves(items: Mapping[str, Any]) -> dict[str, str]:
-    """Shape, dtype and digest of every leaf, by path; where leaves are abstract, without the digest."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(dict(items))
-    }
-    arrays = {n: leaf for n, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    offloaded = {n: leaf for n, leaf in arrays.items() if sharding.is_in_host_memory(leaf.sharding)}
-    digests = digests_of({n: leaf for n, leaf in arrays.items() if n not in offloaded})
-    for name, leaf in offloaded.items():  # one after another: together they have no room on the devices
-        digests |= digests_of({name: sharding.to_device_memory(leaf, leaf.sharding)})
-    return {
-        name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}] {digests.get(name, '')}" for name, leaf in leaves.items()
-    }
-
-
-def _check_fits(record: Record, abstract: TrainState, item: str, place: str) -> None:
-    """Refuses an item of another model or optimizer before Orbax reads it."""
-    before, now = (
-        {name: text.split()[0] for name, text in leaves.items() if name.startswith(f"{item}/")}
-        for leaves in (record.leaves, _leaves(_items(abstract)))
-    )
-    what = {"objectives": "loss", "reference": "model or reference.mode"}.get(item, "model or optimizer")
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise UserError(
-                f"checkpoint {place} is of another {what}: {name} is {before.get(name, 'not there')}, needed is "
-                f"{now.get(name, 'nothing of that name')}; name another --workdir, or the {what} that the run was "
-                "made with."
-            )
-
-
-def _check_leaves(record: Record, found: Mapping[str, str]) -> None:
-    for name, text in found.items():
-        if record.leaves.get(name) != text:
-            raise DamagedError(f"{name} is not what was saved")
-
-
-def _json(record: Record) -> str:
-    return json.dumps(dataclasses.asdict(record), sort_keys=True)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -30,6 +30,7 @@ from daajax.models import lora
 from daajax.models.decoder import Params
 from daajax.models.families import read_architecture
 from daajax.output import append, as_json, check, write_rows
+from daajax.record import Record
 from daajax.scoring import Batch, Scorer
 
 _EVALUATIONS = "evaluations.jsonl"
@@ -184,7 +185,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None, output: str 
         (columns,) = found.columns
         if not (step and config.reference.mode == "ema"):  # else it is in the checkpoint
             reference = found.live
-        origin = checkpoint.Record(data="", model=found.policy, reference=found.digest)
+        origin = Record(data="", model=found.policy, reference=found.digest)
         saved.check_origin(step, origin, forced=config.resume == "force")
         del found
     if step != 0 and scorer.model.lora is None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from daajax import sharding
-from daajax.checkpoint import Checkpoints, Record
+from daajax.checkpoint import Checkpoints
 from daajax.config import Config, has_adapters
 from daajax.errors import UserError
 from daajax.losses.terms import Term, initial_state
@@ -24,6 +24,7 @@ from daajax.models.lora import Lora
 from daajax.models.parameters import layer_parameters, outer_parameters
 from daajax.models.quantization import FORMATS
 from daajax.models.storage import Later
+from daajax.record import Record
 from daajax.scoring import Scorer
 from daajax.step import TrainState
 

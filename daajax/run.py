@@ -119,18 +119,15 @@ def make_update(
     )
 
 
-def make_meters(
-    config: Config,
-    scorer: Scorer,
-    reference_scorer: Scorer,
-    terms: Sequence[Term],
-    data: TokenizedData,
-    plan: Plan,
-    head: Choice,
-) -> Meters:
-    """What the speed of a run's updates is measured against. Arguments are those of `make_counts`."""
-    counts = make_counts(config, scorer, reference_scorer, terms, data, plan, head)
-    return Meters(counts, chips.peak_of(list(scorer.mesh.devices.flat), config.model.dtype, config.peak_flops))
+def make_meters(config: Config, mesh: Any, counts: flops.Counts) -> Meters:
+    """What the speed of a run's updates is measured against.
+
+    Args:
+        config: The run's.
+        mesh: Whose devices make them.
+        counts: Their arithmetic.
+    """
+    return Meters(counts, chips.peak_of(list(mesh.devices.flat), config.model.dtype, config.peak_flops))
 
 
 def make_counts(

@@ -69,7 +69,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     Raises:
         UserError: If the axes do not multiply to the number of devices, or slices of TPUs do not divide `data`.
     """
-    there = jax.devices()[: jax.device_count()] if devices is None else list(devices)
+    there = jax.devices() if devices is None else list(devices)
     slices, count = slices_of(there), len(there)
     shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     known = math.prod(size for size in shape.values() if size != -1)

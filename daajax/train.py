@@ -40,6 +40,7 @@ from daajax.models import directory, lora, peft, weights
 from daajax.models.architecture import describe_rope
 from daajax.models.families import read_architecture
 from daajax.models.parameters import parameter_count
+from daajax.record import Record, check_origin
 from daajax.shortage import Shortage
 from daajax.trace import Trace
 from daajax.watchdog import Watchdog
@@ -151,7 +152,7 @@ def _train(config: Config, where: bucket.Path, found: folder.State) -> None:
         evaluation = Evaluation(scorer, terms, sets[1][0], held_out, mesh, reference_scorer if is_live else None)
 
     # ------------------------------------------------------------------ the state, fresh or from a checkpoint
-    origin = checkpoint.Record(data=data.digest, model="")
+    origin = Record(data=data.digest, model="")
     if reference is not None:
         origin = dataclasses.replace(origin, model=reference.policy, reference=reference.digest)
     elif adapters is not None:
@@ -163,7 +164,7 @@ def _train(config: Config, where: bucket.Path, found: folder.State) -> None:
         forced = config.resume == "force"
         fresh = functools.partial(step.init_state, optimizer=update.optimizer, shardings=homes, terms=terms)
         done, state = saved.restore_latest(update.state, fresh if forced else None)
-        checkpoint.check_origin(saved.record(done), origin, forced=forced)
+        check_origin(saved.record(done), origin, forced=forced)
         say(f"resumed after update {done} of {plan.updates}")
     else:
         if found == "unfinished":
@@ -184,7 +185,8 @@ def _train(config: Config, where: bucket.Path, found: folder.State) -> None:
 
     # ------------------------------------------------------------------ the updates
     progress = Progress("train", plan.updates, "update", done=done)
-    meters = run.make_meters(config, scorer, reference_scorer, terms, data, plan, chosen)
+    counts = run.make_counts(config, scorer, reference_scorer, terms, data, plan, chosen)
+    meters = run.make_meters(config, mesh, counts)
     say(f"mfu: {'left out, ' if meters.peak.flops is None else 'against '}{meters.peak.words}")
     clock = metrics.Clock(plan, data.lengths, done, meters)
     trace.begin(done)

@@ -15,6 +15,7 @@ import pytest
 
 from daajax import checkpoint
 from daajax.errors import UserError
+from daajax.record import Record, check_origin, sha256
 from daajax.step import TrainState
 
 # What Orbax leaves unfinished where it cannot read or write: its own coroutines and threads.
@@ -41,9 +42,7 @@ ABSTRACT = abstract(make_state(0))
 
 
 def record(**metrics):
-    return checkpoint.Record(
-        "data", "model", metrics={name.replace("_", "/"): value for name, value in metrics.items()}
-    )
+    return Record("data", "model", metrics={name.replace("_", "/"): value for name, value in metrics.items()})
 
 
 def save(saved, *steps, wait=True, **metrics):
@@ -166,7 +165,7 @@ def test_the_best_one_is_kept_besides_the_latest(tmp_path, best, values, expecte
     saved = checkpoint.Checkpoints(tmp_path, keep=1, best=best)
     for step, value in enumerate(values, 1):
         metrics = {} if value is None else {best: value, "eval/other": -float(step)}
-        saved.save(step, make_state(step), checkpoint.Record("data", "model", metrics=metrics), wait=True)
+        saved.save(step, make_state(step), Record("data", "model", metrics=metrics), wait=True)
     saved.close()
     assert saved.steps == expected
     finite = [step for step in expected if values[step - 1] is not None and math.isfinite(values[step - 1])]
@@ -453,7 +452,7 @@ def test_a_record_with_another_digest_names_the_leaf(two, collected, tmp_path, c
     name, digest = "params/b/c", content["leaves"]["params/b/c"]
     content["leaves"][name] = digest[:-1] + ("0" if digest[-1] != "0" else "1")
     text = json.dumps(content)
-    path.write_text(json.dumps({"content": text, "sha256": checkpoint._sha256(text)}))
+    path.write_text(json.dumps({"content": text, "sha256": sha256(text)}))
     step, _ = checkpoint.Checkpoints(tmp_path).restore_latest(ABSTRACT)
     assert step == 1
     assert "update 2 is damaged (params/b/c is not what was saved)" in capsys.readouterr().out
@@ -501,14 +500,14 @@ def test_parameters_alone_are_checked_too(two, collected, tmp_path):
     [("other", "model", "the data changed"), ("data", "other", "the weights of the model changed")],
 )
 def test_other_data_or_weights_are_refused_unless_forced(capsys, data, model, says):
-    now = checkpoint.Record(data, model)
+    now = Record(data, model)
     with pytest.raises(UserError, match=rf"{says} since .* go on all the same with --config.resume=force"):
-        checkpoint.check_origin(record(), now, forced=False)
-    checkpoint.check_origin(record(), now, forced=True)
+        check_origin(record(), now, forced=False)
+    check_origin(record(), now, forced=True)
     assert says in capsys.readouterr().out
 
 
 def test_weights_that_nobody_asked_for_are_not_compared(capsys):
-    checkpoint.check_origin(record(), checkpoint.Record("data", ""), forced=False)
-    checkpoint.check_origin(checkpoint.Record("data", ""), record(), forced=False)
+    check_origin(record(), Record("data", ""), forced=False)
+    check_origin(Record("data", ""), record(), forced=False)
     assert capsys.readouterr().out == ""
