@@ -14,7 +14,6 @@ outage, after which the same command may be started again.
 import collections
 import contextlib
 import errno
-import fcntl
 import fnmatch
 import functools
 import io
@@ -29,7 +28,6 @@ import tensorstore
 from etils import epath
 from etils.epath import backend, gpath, stat_utils
 
-from daajax.console import say
 from daajax.errors import OutageError, UserError, one_line
 
 LOG_IN = "log in with `gcloud auth application-default login`"
@@ -385,19 +383,6 @@ def upload(source: pathlib.Path, target: str | os.PathLike[str], last: str = "")
     files = sorted(file for file in source.rglob("*") if file.is_file())
     for file in sorted(files, key=lambda file: file == source / last):
         write(posixpath.join(os.fspath(target), file.relative_to(source).as_posix()), file.read_bytes())
-
-
-@contextlib.contextmanager
-def alone(home: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes of this host from a cache on its disk while the block lasts; they wait."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process fetches to {home}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache

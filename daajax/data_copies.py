@@ -7,9 +7,10 @@ the processes of one host, find it.
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterator
 
-from daajax import bucket, output
-from daajax.console import Progress, say
+from daajax import bucket, copies
+from daajax.console import say
 from daajax.errors import UserError
 
 CACHE = pathlib.Path("~/.cache/daajax/data")
@@ -35,12 +36,17 @@ def fetch(address: str, option: str) -> str:
         raise UserError(f"{option}={address} holds nothing that you may list; check the name, or {bucket.LOG_IN}.")
     generations = {name: bucket.read(path / name if name else path, slice(0, 0)).stamp.generation for name in files}
     said = json.dumps([str(path), {name: generation.hex() for name, generation in generations.items()}])
+
+    def read(name: str) -> Iterator[bytes]:
+        own = name if name in generations else ""
+        return bucket.parts(path / own if own else path, generations[own])
+
     home = CACHE.expanduser() / str(path).removeprefix("gs://").replace("/", "--")
     copy = home / hashlib.sha256(said.encode()).hexdigest()[:40]
     try:
-        with bucket.alone(home):
+        with copies.alone(home):
             if not copy.is_dir():
-                _make(path, generations, copy)
+                copies.make(copy, [name or path.name for name in files], read, f"fetch {path}")
     except OSError as error:
         raise UserError(f"{option}={address} cannot be copied to {home} ({error.strerror}); make room there.") from None
     say(f"{option}: {address} is in {copy}")
@@ -53,23 +59,3 @@ def _files(path: bucket.BucketPath) -> list[str]:
         return [""]
     names = bucket.names(path)
     return [name for name in names if not any(part.startswith(".") for part in name.split("/")) and name[-1] != "/"]
-
-
-def _make(path: bucket.BucketPath, generations: dict[str, bytes], copy: pathlib.Path) -> None:
-    """Copies files of these generations; those that an interrupted copy has made are not copied again."""
-    partial = copy.with_name(f"{copy.name}.partial")
-    progress = Progress(f"fetch {path}", len(generations), "file")
-    for name, generation in generations.items():
-        file = partial / (name or path.name)
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with output.replacing(file) as scratch, scratch.open("wb") as target:
-                for part in bucket.parts(path / name if name else path, generation):
-                    target.write(part)
-        progress.advance()
-    progress.close()
-    wanted = {partial / (name or path.name) for name in generations}
-    for left in set(partial.rglob("*.partial")) - wanted:  # by a copy that was killed
-        if left.is_file():
-            left.unlink()
-    partial.rename(copy)

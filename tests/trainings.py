@@ -14,7 +14,7 @@ from daajax.train import train
 
 def main(arguments: list[str]) -> None:
     """Trains by every line."""
-    weights._SHARD_BYTES = int(arguments[1])
+    weights._SHARD_BYTES = weights._BUCKET_SHARD_BYTES = int(arguments[1])
     for line in json.loads(pathlib.Path(arguments[2]).read_text()):
         train(*command.parse(["train", *line], "train"))
     sys.stdout.write(f"process {processes.jax.process_index()} is done\n")

@@ -4,7 +4,6 @@ TensorStore, which checkpoints go through as well, reads them; it finds the user
 """
 
 import collections
-import contextlib
 import fnmatch
 import hashlib
 import json
@@ -14,9 +13,9 @@ from typing import Any
 
 import tensorstore
 
-from daajax import bucket, output
+from daajax import bucket, copies
 from daajax.bucket import LOG_IN
-from daajax.console import Progress, say
+from daajax.console import say
 from daajax.errors import OutageError, UserError, one_line
 from daajax.models.tensor_files import SECOND_COPY, STORED
 from daajax.models.weights import SMALL
@@ -44,11 +43,11 @@ def fetch(address: str, option: str, *, with_weights: bool, revision: str) -> tu
         now = hashlib.sha256(json.dumps([name, sorted(files.items())]).encode()).hexdigest()[:40]
         if revision and now != revision:
             say(f"{option}: {address} has changed since the run began")
-        with bucket.alone(home):
+        with copies.alone(home):
             if not (copy := _copy_of(home, now, with_weights)):
                 copy = str(home / f"{now}{'' if with_weights else _SMALL}")
                 wanted = {file: files[file] for file in files if with_weights or not _is_among(file, STORED)}
-                _make_copy(store, wanted, pathlib.Path(copy))
+                copies.make(pathlib.Path(copy), list(wanted), lambda name: _parts(store, name, wanted[name]), "fetch")
     except _UnusableError as error:
         raise UserError(f"{option}={address} {error}.") from None
     except OSError as error:
@@ -86,21 +85,6 @@ def _is_among(name: str, patterns: Sequence[str]) -> bool:
     return any(
         name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns
     ) and not fnmatch.fnmatchcase(name, SECOND_COPY)
-
-
-def _make_copy(store: tensorstore.KvStore, files: dict[str, str], folder: pathlib.Path) -> None:
-    """Copies files of these generations to a folder, which takes its name when it is whole."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    with contextlib.closing(Progress("fetch", len(files), "file")) as progress:
-        for name, generation in files.items():
-            file = partial / name
-            if not file.is_file():  # an interrupted copy left it, whole
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with output.replacing(file) as scratch, scratch.open("wb") as target:
-                    for part in _parts(store, name, generation):
-                        target.write(part)
-            progress.advance()
-    partial.rename(folder)
 
 
 def _parts(store: tensorstore.KvStore, name: str, generation: str) -> Iterator[bytes]:

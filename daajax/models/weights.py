@@ -288,7 +288,7 @@ def _save_to_bucket(
     with tempfile.TemporaryDirectory(prefix="daajax-") as scratch:
         partial = pathlib.Path(scratch)
         found = tensors(params, architecture, _dtypes(model_path, architecture))
-        _name_shards(partial, _write_tensors(partial, found, min(_SHARD_BYTES, _BUCKET_SHARD_BYTES)))
+        _name_shards(partial, _write_tensors(partial, found, _BUCKET_SHARD_BYTES))
         processes.first_alone(lambda: output.void(target, CONFIG))
         if not processes.is_first():
             bucket.upload(partial, target)
