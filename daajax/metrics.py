@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 from jaxtyping import Array, Bool, Float, Int
 
 from daajax import bucket, memory
@@ -235,6 +234,8 @@ class Writer:
             self._mirror.fetch("metrics.jsonl")
             folder = self._mirror.local
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        import tensorboardX  # it imports PyTorch where that is installed: a second, which other commands need not pay
+
         self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -57,16 +57,18 @@ def forgotten():
 
 @contextlib.contextmanager
 def _optimized(is_asked):
-    """All optimizations of the compiler, where they are asked for, also in processes that are started meanwhile."""
-    before = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
-    if not is_asked or before is None:
+    """All optimizations of the compiler, where they are asked for, also in processes that are started meanwhile.
+
+    XLA reads its flags once: those of this process stay.
+    """
+    if not is_asked or "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
         yield
         return
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    before = {name: os.environ.pop(name, None) for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")}
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = before
-    jax.config.update("jax_disable_most_optimizations", before == "1")
+    os.environ.update({name: value for name, value in before.items() if value is not None})
+    jax.config.update("jax_disable_most_optimizations", before["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -230,9 +230,13 @@ def python(chip, *arguments):
     return done.stdout
 
 
-@functools.cache
 def compiled(chip, *, rank, remat, quantization=None, model="8b", length=LENGTH):
-    """Numbers and texts of a program."""
+    """Numbers and texts of a program; each is compiled once."""
+    return _compiled(chip, rank, remat, quantization, model, length)
+
+
+@functools.cache
+def _compiled(chip, rank, remat, quantization, model, length):
     shape = [f"--rank={rank}", f"--remat={remat}", f"--rows={ROWS}", f"--length={length}", f"--model={model}"]
     shape += [f"--quantization={quantization}"] if quantization else []
     with tempfile.TemporaryDirectory() as folder:

@@ -77,11 +77,13 @@ def test_a_small_model_learns_its_pairs(tmp_path):
 
 @pytest.fixture(scope="module")
 def learned(assets, tmp_path_factory):
-    """The run of `configs/stories.py:learn`."""
+    """The run of `configs/stories.py:learn`, as anyone would type it."""
     folder = tmp_path_factory.mktemp("learned")
     caches = [f"--config.{name}.cache_dir={folder / 'cache'}" for name in ("data", "reference")]
-    history = worlds.train(folder / "run", *caches, recipe=f"{worlds.STORIES}:learn")
-    return folder, history
+    line = ("--config=configs/stories.py:learn", f"--workdir={folder / 'run'}", *caches)
+    result = worlds.command("train", *line, timeout=1800, JAX_NUM_CPU_DEVICES="1", DAAJAX_ASSETS=str(assets))
+    assert result.returncode == 0, result.stderr
+    return folder, worlds.read_metrics(folder / "run")
 
 
 @pytest.mark.slow

@@ -267,7 +267,7 @@ def test_a_job_computes_what_one_process_does(world, alone, tmp_path, of, device
 
 
 # A checkpoint after every update: what saves asks nothing of the platform itself.
-LONG = ("--config.steps=40", "--config.log.every=1", "--config.checkpoint.every=1")
+LONG = ("--config.steps=20", "--config.log.every=1", "--config.checkpoint.every=1")
 
 
 @pytest.mark.slow
@@ -282,8 +282,8 @@ def test_a_job_stops_when_asked_and_goes_on_as_if_it_had_not(world, tmp_path, of
     for _ in range(2):  # a second signal is harmless
         job.processes[-1].send_signal(signal.SIGTERM)
     assert job.wait() == [processes.STOPPED] * of
-    assert re.search(r"stopped by the platform: update \d+ of 40 is saved; the same command goes on", job.said(0))
-    assert len(worlds.read_metrics(metrics.parent)) < 40
+    assert re.search(r"stopped by the platform: update \d+ of 20 is saved; the same command goes on", job.said(0))
+    assert len(worlds.read_metrics(metrics.parent)) < 20
     again = jobs.start(tmp_path / "second", *line(world, f"stopped{of}", *LONG), processes=of, devices=devices)
     assert again.wait() == [0] * of, again.said(0)[-3000:]
     assert "resumed after update" in again.said(0)
