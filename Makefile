@@ -103,7 +103,7 @@ $(trl): requirements/trl.txt
 
 # Small programs, compiled and run a few times: without optimizations a quarter less CPU time, with the older emitters of
 # jaxlib 0.10 a quarter less again, and the same numbers hold; later ones lack these, and end at a flag they do not know.
-# Tests marked `optimized` look at what the compiler makes of a program, or run for long, and go without.
+# Tests marked `optimized` switch the optimizations on, and start processes without either: tests/conftest.py.
 emitters := $(if $(shell grep -s '^jaxlib==0[.]10[.]' $(lock)),--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1)
 test test-slow: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
 test test-slow: export XLA_FLAGS := $(strip $(XLA_FLAGS) $(emitters))

@@ -233,9 +233,9 @@ class Writer:
             self._mirror = Mirror(folder)
             self._mirror.fetch("metrics.jsonl")
             folder = self._mirror.local
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        import tensorboardX  # it imports PyTorch where that is installed: a second, which other commands need not pay
+        import tensorboardX  # it imports PyTorch where that is installed: a second, which only writing need cost
 
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -168,11 +168,11 @@ def test_only_ci_looks_outside_the_checkout():
     assert [file for file in project_files() if outside in file.read_bytes()] == [ROOT / ".ci/run"]
 
 
-def test_the_package_imports_without_torch_and_tensorflow():
+def test_the_package_imports_without_torch_and_tensorflow_and_what_imports_them():
     # None in sys.modules makes an import fail and find_spec say that there is no such package.
     code = (
         "import importlib, sys\n"
-        "sys.modules.update(torch=None, tensorflow=None)\n"
+        "sys.modules.update(torch=None, tensorflow=None, tensorboardX=None, transformers=None)\n"
         "for name in sys.argv[1:]: importlib.import_module(name)"
     )
     result = run(sys.executable, "-c", code, *modules("daajax"))
